@@ -1,0 +1,1 @@
+//! REST types, client and wire protocol of Dunlin.

@@ -1,0 +1,20 @@
+//! Freeze, dump and restore of Linux process trees.
+//!
+//! Synchronous, knows no HTTP and no OCI, opens no connection. ptrace binds a
+//! task to the thread that seized it, so a [`Frozen`] or [`Nascent`] stays on
+//! the thread that made it.
+
+mod error;
+pub mod image;
+pub mod options;
+pub mod verdict;
+
+mod dump;
+mod restore;
+pub mod skeleton;
+
+pub use dump::{DumpReport, Frozen, freeze, inspect};
+pub use error::{DumpError, RestoreError};
+pub use options::{Options, TcpPolicy};
+pub use restore::{Nascent, RestoreReport, Sandbox, restore};
+pub use verdict::{Finding, Judgement, Verdict};

@@ -1,0 +1,3 @@
+//! runtime-plugin.
+
+fn main() {}
