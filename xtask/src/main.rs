@@ -1,3 +1,43 @@
-//! xtask.
+//! The project's own commands: `cargo xtask lint | test`.
 
-fn main() {}
+#![allow(clippy::print_stdout, clippy::print_stderr, reason = "a command line program")]
+
+mod deny;
+mod lint;
+mod setup;
+mod test;
+
+use std::{path::PathBuf, process::ExitCode};
+
+use clap::Parser;
+
+/// Commands of the project.
+#[derive(Parser)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask")]
+enum Command {
+    /// Checks format, lints, licences and the shape of the source tree.
+    Lint,
+    /// Installs what the tests need and runs all of them.
+    Test(test::Args),
+}
+
+fn main() -> ExitCode {
+    let done = match Command::parse() {
+        Command::Lint => lint::run(),
+        Command::Test(args) => test::run(&args),
+    };
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(err) => {
+            eprintln!("{err:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// The top of the source tree.
+fn root() -> PathBuf {
+    let mut root = PathBuf::from(env!("CARGO_MANIFEST_DIR"));
+    root.pop();
+    root
+}

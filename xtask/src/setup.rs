@@ -1,0 +1,85 @@
+//! What a fresh Debian machine lacks, installed by apt.
+
+use std::{
+    fmt::Display,
+    process::{Command, Stdio},
+};
+
+use anyhow::{Context, Result, ensure};
+
+use crate::root;
+
+/// Packages that the build needs.
+pub(crate) const BUILD: &[&str] = &["gcc", "libc6-dev", "libseccomp-dev", "pkg-config"];
+
+/// Packages that the demo needs on top.
+///
+/// `redis-tools` holds the server's program too (under the name
+/// `redis-check-rdb`); unlike `redis-server` it installs no service.
+pub(crate) const DEMO: &[&str] = &["busybox-static", "iproute2", "redis-tools", "util-linux"];
+
+/// Packages that the tests need on top.
+pub(crate) const TEST: &[&str] = &["nftables", "runc"];
+
+/// Installs those of `packages` that are missing.
+pub(crate) fn install(packages: &[&[&str]]) -> Result<()> {
+    let missing: Vec<&str> = packages
+        .iter()
+        .flat_map(|list| *list)
+        .copied()
+        .filter(|name| !is_installed(name))
+        .collect();
+    if missing.is_empty() {
+        return Ok(());
+    }
+    println!("installing {}", missing.join(" "));
+    if apt_install(&missing).is_err() {
+        // The package lists are missing or older than the mirror.
+        apt(&["update"])?;
+        apt_install(&missing)?;
+    }
+    Ok(())
+}
+
+fn is_installed(package: &str) -> bool {
+    Command::new("dpkg-query")
+        .args(["--show", "--showformat=${db:Status-Status}", package])
+        .stderr(Stdio::null())
+        .output()
+        .is_ok_and(|out| out.stdout == b"installed")
+}
+
+fn apt_install(packages: &[&str]) -> Result<()> {
+    apt(&[&["install", "--yes", "--no-install-recommends"], packages].concat())
+}
+
+fn apt(args: &[&str]) -> Result<()> {
+    run(Command::new("apt-get")
+        .arg("--quiet=2")
+        .args(args)
+        .env("DEBIAN_FRONTEND", "noninteractive"))
+}
+
+/// This cargo, in the project's root.
+pub(crate) fn cargo() -> Command {
+    let mut cargo = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    cargo.current_dir(root());
+    cargo
+}
+
+/// Runs `command` to its end and wants it to succeed.
+pub(crate) fn run(command: &mut Command) -> Result<()> {
+    let name = describe(command);
+    let status =
+        command.stdin(Stdio::null()).status().with_context(|| format!("cannot run `{name}`"))?;
+    ensure!(status.success(), "`{name}` failed: {status}");
+    Ok(())
+}
+
+fn describe(command: &Command) -> impl Display + use<> {
+    std::iter::once(command.get_program())
+        .chain(command.get_args())
+        .map(|word| word.to_string_lossy())
+        .collect::<Vec<_>>()
+        .join(" ")
+}

@@ -1,0 +1,108 @@
+//! `cargo xtask test`: every test of the project, with its skips by name.
+//!
+//! A test that cannot run here prints `SKIP name: what it lacks` and returns.
+//! One that is not in the committed list, `tests/skips.txt`, is a failure:
+//! otherwise a machine could lose half of its tests without a word.
+
+use std::{
+    collections::BTreeMap,
+    fs,
+    io::{BufRead, BufReader},
+    process::{ExitStatus, Stdio},
+};
+
+use anyhow::{Context, Result, bail, ensure};
+
+use crate::{root, setup};
+
+/// Which tests to run.
+#[derive(clap::Args)]
+pub(crate) struct Args {
+    /// Only tests whose name contains this.
+    filter: Option<String>,
+    /// Only tests of this package.
+    #[arg(short, long)]
+    package: Option<String>,
+}
+
+/// Builds everything and runs every test.
+pub(crate) fn run(args: &Args) -> Result<()> {
+    setup::install(&[setup::BUILD, setup::DEMO, setup::TEST])?;
+    // Tests run the programs that belong together, so all are built first.
+    setup::run(setup::cargo().args(["build", "--workspace", "--bins"]))?;
+    let mut skips = BTreeMap::new();
+    let status = run_tests(args, &mut skips)?;
+    let known = known_skips()?;
+    let mut unexpected = Vec::new();
+    for (name, reason) in &skips {
+        println!("skipped {name}: {reason}");
+        if !known.contains(name) {
+            unexpected.push(name.as_str());
+        }
+    }
+    ensure!(status.success(), "tests failed");
+    ensure!(unexpected.is_empty(), "skipped but not in tests/skips.txt: {}", unexpected.join(", "));
+    println!("test: all good, {} skipped", skips.len());
+    Ok(())
+}
+
+/// Runs the tests, shows what they say and notes who skipped and why.
+fn run_tests(args: &Args, skips: &mut BTreeMap<String, String>) -> Result<ExitStatus> {
+    let mut cargo = setup::cargo();
+    cargo.args(["test", "--no-fail-fast"]);
+    match &args.package {
+        Some(package) => cargo.args(["--package", package]),
+        None => cargo.arg("--workspace"),
+    };
+    cargo.args(&args.filter).args(["--", "--show-output"]);
+    let mut child = cargo
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .spawn()
+        .context("cannot run `cargo test`")?;
+    let Some(stdout) = child.stdout.take() else { bail!("`cargo test` has no output") };
+    for line in BufReader::new(stdout).lines() {
+        let line = line?;
+        if let Some((name, reason)) = parse_skip(&line) {
+            skips.insert(name.to_owned(), reason.to_owned());
+        }
+        println!("{line}");
+    }
+    Ok(child.wait()?)
+}
+
+/// Takes `SKIP name: reason` or libtest's `test name ... ignored, reason` apart.
+fn parse_skip(line: &str) -> Option<(&str, &str)> {
+    if let Some(skip) = line.strip_prefix("SKIP ") {
+        return Some(skip.split_once(": ").unwrap_or((skip, "no reason given")));
+    }
+    let (name, result) = line.strip_prefix("test ")?.split_once(" ... ")?;
+    let reason = result.strip_prefix("ignored")?;
+    Some((name, reason.strip_prefix(", ").unwrap_or("no reason given")))
+}
+
+/// Names in `tests/skips.txt`: one a line, `#` begins a remark.
+fn known_skips() -> Result<Vec<String>> {
+    let path = root().join("tests/skips.txt");
+    let text =
+        fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))?;
+    Ok(text
+        .lines()
+        .map(|line| line.split('#').next().unwrap_or_default().trim().to_owned())
+        .filter(|name| !name.is_empty())
+        .collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn both_kinds_of_skip_are_seen() {
+        assert_eq!(parse_skip("SKIP amx: needs AMX"), Some(("amx", "needs AMX")));
+        assert_eq!(parse_skip("test a::b ... ignored, slow"), Some(("a::b", "slow")));
+        assert_eq!(parse_skip("test a::b ... ignored"), Some(("a::b", "no reason given")));
+        assert_eq!(parse_skip("test a::b ... ok"), None);
+        assert_eq!(parse_skip("running 3 tests"), None);
+    }
+}
