@@ -1,4 +1,22 @@
 //! Integration tests and the programs they move.
+//!
+//! A test starts a self-checking program ([`Child`]), reads what `/proc` says
+//! about it ([`Facts`]), moves it with the engine, reads again, and then asks
+//! the program whether its world is whole.
+
+mod check;
+mod child;
+mod facts;
+pub mod image;
+mod maps;
+pub mod proc;
+pub mod scenarios;
+pub mod worker;
+
+pub use check::{at_rest, check, check_busy, check_repeated, unless_skipped};
+pub use child::{Child, Mood, Skipped};
+pub use facts::Facts;
+pub use worker::Place;
 
 pub mod hosts;
 

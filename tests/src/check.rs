@@ -1,0 +1,82 @@
+//! What every scenario goes through.
+
+use std::thread::yield_now;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+
+use crate::{Child, Facts, Mood, Place, Skipped, skip};
+
+/// Moves a scenario once, alone on the host and as the init of a namespace.
+pub fn check(scenario: &str) -> Result<()> {
+    both(scenario, Mood::Idle, 1)
+}
+
+/// Moves it five times in a row.
+pub fn check_repeated(scenario: &str) -> Result<()> {
+    both(scenario, Mood::Idle, 5)
+}
+
+/// Moves it five times in a row while it computes.
+pub fn check_busy(scenario: &str) -> Result<()> {
+    both(scenario, Mood::Busy, 5)
+}
+
+/// Leaves a scenario where it is: its check must pass, and must fail once its
+/// world is damaged, or passing after a move would mean nothing.
+pub fn at_rest(scenario: &str) -> Result<()> {
+    unless_skipped(|| {
+        for place in [Place::Plain, Place::Isolated] {
+            let child = Child::spawn(scenario, place, Mood::Idle)?;
+            settled(&child, &child.facts()?)?;
+            child.verify().with_context(|| format!("{place:?}"))?;
+        }
+        match Child::spawn(scenario, Place::Isolated, Mood::Spoiled)?.verify() {
+            Ok(()) => bail!("it does not notice that its world was damaged"),
+            Err(_noticed) => Ok(()),
+        }
+    })
+}
+
+/// Runs `test`; what this machine lacks is printed and is no failure.
+pub fn unless_skipped(test: impl FnOnce() -> Result<()>) -> Result<()> {
+    match test() {
+        Err(err) if err.is::<Skipped>() => {
+            skip(&err.to_string());
+            Ok(())
+        }
+        other => other,
+    }
+}
+
+fn both(scenario: &str, mood: Mood, times: u32) -> Result<()> {
+    unless_skipped(|| {
+        for place in [Place::Plain, Place::Isolated] {
+            let mut child = Child::spawn(scenario, place, mood)?;
+            let before = child.facts()?;
+            for time in 1..=times {
+                child.relocate().with_context(|| format!("{place:?}, move {time}"))?;
+                settled(&child, &before).with_context(|| format!("{place:?}, move {time}"))?;
+            }
+            child.verify().with_context(|| format!("{place:?}"))?;
+        }
+        Ok(())
+    })
+}
+
+/// Compares until nothing differs. A task that was just released needs a
+/// moment to be back in the call in which it was stopped, and that shows: in
+/// the signal mask of `ppoll`, or the depth of its stack.
+fn settled(child: &Child, before: &Facts) -> Result<()> {
+    let start = Instant::now();
+    loop {
+        let after = child.facts();
+        let differences = after.as_ref().map(|after| before.differences(after));
+        match differences {
+            Ok(none) if none.is_empty() => return Ok(()),
+            _ if start.elapsed() < Duration::from_secs(5) => yield_now(),
+            Ok(differences) => bail!("/proc differs:\n{}", differences.join("\n")),
+            Err(_) => return after.map(drop),
+        }
+    }
+}

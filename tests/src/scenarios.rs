@@ -1,0 +1,21 @@
+//! The programs that can be moved, by name.
+
+/// Calls `$with!` with the name of every scenario: whoever runs, tests or
+/// documents them takes them from this one list.
+#[macro_export]
+macro_rules! for_each_scenario {
+    ($with:ident) => {
+        $with! {
+            counter
+        }
+    };
+}
+
+macro_rules! names {
+    ($($name:ident)*) => {
+        /// Every scenario's name.
+        pub const ALL: &[&str] = &[$(stringify!($name)),*];
+    };
+}
+
+for_each_scenario!(names);

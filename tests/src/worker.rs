@@ -1,0 +1,325 @@
+//! The process that runs the engine for one test.
+//!
+//! ptrace binds a task to the thread that seized it and a restored root is a
+//! child of whoever made its skeleton, so each test has a small
+//! single-threaded worker that is parent and subreaper of what it moves. It
+//! takes one [`Order`] per line of its stdin and answers each with one line.
+
+use std::fs::{self, File};
+use std::io::{self, BufRead, Read, Write};
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use anyhow::{Context, Result, bail, ensure};
+use dunlin_checkpoint::{
+    DumpReport, Options, RestoreReport, Sandbox, freeze, inspect, restore, skeleton,
+};
+use nix::errno::Errno;
+use nix::fcntl::{FcntlArg, FdFlag, OFlag, fcntl};
+use nix::mount::{MsFlags, mount};
+use nix::sched::{CloneFlags, setns, unshare};
+use nix::sys::prctl;
+use nix::sys::signal::{Signal, kill};
+use nix::sys::wait::{WaitStatus, waitpid};
+use nix::unistd::{Pid, getpid, pipe2};
+use serde::{Deserialize, Serialize, de::DeserializeOwned};
+
+use crate::image::{Full, Memory};
+use crate::proc::tree;
+
+/// Where a tree lives.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Place {
+    /// Among the host's processes.
+    Plain,
+    /// As the init of pid and mount namespaces of its own.
+    Isolated,
+}
+
+/// What a worker can be told.
+#[derive(Debug, Serialize, Deserialize)]
+pub enum Order {
+    /// Start the program that is to be moved. Answer: its pid.
+    Spawn { place: Place, dir: PathBuf, args: Vec<String> },
+    /// Freeze, dump, kill, restore, thaw. Answer: [`Moved`].
+    Move,
+    /// Ask for a verdict. Answer: the findings, one text each.
+    Inspect,
+    /// Freeze and dump; thaw whatever comes. Answer: records written and bits in them.
+    Dump,
+    /// Dump into a sink with room for so many records. Answer: the error.
+    DumpIntoFull { room: usize },
+    /// Restore the last dump, damaged, beside the original. Answer: the error.
+    RestoreDamaged(Damage),
+    /// Wait until the root ends. Answer: its exit code.
+    Wait,
+}
+
+/// What happens to an image before it is restored.
+#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
+pub enum Damage {
+    /// Only so many records are left.
+    Truncate(usize),
+    /// One bit is inverted.
+    Flip(usize),
+}
+
+/// A finished move.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Moved {
+    /// The root's new pid as the host sees it.
+    pub pid: i32,
+    /// What the dump did.
+    pub dump: DumpReport,
+    /// What the restore did.
+    pub restore: RestoreReport,
+}
+
+/// The program `name` of this package, built beside the running test.
+pub(crate) fn program(name: &str) -> Result<PathBuf> {
+    let own = std::env::current_exe()?;
+    let dir = own.ancestors().nth(1).context("no directory")?;
+    // Tests lie in `deps/`, one below the programs.
+    let dir = if dir.ends_with("deps") { dir.parent().context("no parent")? } else { dir };
+    Ok(dir.join(name))
+}
+
+/// Serves orders until stdin ends; ends everything it started before it returns.
+pub fn serve() -> Result<()> {
+    prctl::set_child_subreaper(true)?;
+    let mut worker = Worker { place: Place::Plain, root: None, image: Memory::default() };
+    let mut stdout = io::stdout();
+    for line in io::stdin().lock().lines() {
+        let answer = worker.obey(serde_json::from_str(&line?)?);
+        let answer = answer.map_err(|err| format!("{err:#}"));
+        serde_json::to_writer(&mut stdout, &answer)?;
+        stdout.write_all(b"\n")?;
+        stdout.flush()?;
+    }
+    end_all()
+}
+
+struct Worker {
+    place: Place,
+    root: Option<Pid>,
+    image: Memory,
+}
+
+impl Worker {
+    fn obey(&mut self, order: Order) -> Result<serde_json::Value> {
+        Ok(match order {
+            Order::Spawn { place, dir, args } => {
+                self.place = place;
+                let root = spawn(place, &program("child")?, &dir, &args)?;
+                self.root = Some(root);
+                root.as_raw().into()
+            }
+            Order::Move => {
+                let open = open_fds()?;
+                let moved = self.relocate()?;
+                ensure!(open == open_fds()?, "the engine left file descriptors open");
+                serde_json::to_value(moved)?
+            }
+            Order::Inspect => {
+                let verdict = inspect(self.root()?, &Options::default())?;
+                let told = verdict
+                    .findings
+                    .iter()
+                    .map(|f| format!("{:?}: {} {}", f.judgement, f.object, f.reason));
+                told.collect::<Vec<_>>().into()
+            }
+            Order::Dump => {
+                self.image = Memory::default();
+                let mut frozen = freeze(self.root()?, &options())?;
+                frozen.dump(&mut self.image)?;
+                frozen.thaw()?;
+                vec![self.image.len(), self.image.bits()].into()
+            }
+            Order::DumpIntoFull { room } => {
+                let mut frozen = freeze(self.root()?, &options())?;
+                match frozen.dump(&mut Full { room }) {
+                    Ok(_) => bail!("a full sink went unnoticed"),
+                    Err(err) => format!("{:#}", anyhow::Error::from(err)).into(),
+                }
+            }
+            Order::RestoreDamaged(damage) => {
+                let mut image = self.image.clone();
+                match damage {
+                    Damage::Truncate(records) => image.truncate(records),
+                    Damage::Flip(bit) => image.flip(bit),
+                }
+                let init = new_skeleton(Place::Isolated, None)?;
+                let error = match restore(sandbox(init)?, &mut image) {
+                    Ok(_nascent) => bail!("{damage:?} went unnoticed"),
+                    Err(err) => format!("{:#}", anyhow::Error::from(err)),
+                };
+                // Whatever was built is dead by now; only its zombie is ours to collect.
+                waitpid(init, None)?;
+                error.into()
+            }
+            Order::Wait => match waitpid(self.root()?, None)? {
+                WaitStatus::Exited(_, code) => code.into(),
+                other => bail!("the root ended with {other:?}"),
+            },
+        })
+    }
+
+    fn root(&self) -> Result<Pid> {
+        self.root.context("nothing was spawned")
+    }
+
+    fn relocate(&mut self) -> Result<Moved> {
+        let root = self.root()?;
+        let mut image = Memory::default();
+        let mut frozen = freeze(root, &options())?;
+        let dump = frozen.dump(&mut image)?;
+        let members = tree(root)?;
+        frozen.kill()?;
+        while members.iter().any(|pid| Path::new(&format!("/proc/{pid}")).exists()) {
+            waitpid(None, None).context("waiting for what was killed")?;
+        }
+        self.root = None;
+        let init = new_skeleton(self.place, Some(root))?;
+        self.root = Some(init);
+        let nascent = restore(sandbox(init)?, &mut image)?;
+        let restore = nascent.report().clone();
+        nascent.thaw()?;
+        Ok(Moved { pid: init.as_raw(), dump, restore })
+    }
+}
+
+fn options() -> Options {
+    Options { file_locks: true, ..Options::default() }
+}
+
+fn sandbox(init: Pid) -> Result<Sandbox> {
+    let null = || File::options().read(true).write(true).open("/dev/null").map(OwnedFd::from);
+    Ok(Sandbox { init, stdio: [null()?, null()?, null()?] })
+}
+
+fn open_fds() -> Result<usize> {
+    Ok(fs::read_dir("/proc/self/fd")?.count())
+}
+
+fn command(program: &Path, dir: &Path) -> Command {
+    let mut command = Command::new(program);
+    command.current_dir(dir).env_clear().env("PATH", "/usr/bin:/bin");
+    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+    command
+}
+
+/// Starts `program` at `place`.
+fn spawn(place: Place, program: &Path, dir: &Path, args: &[String]) -> Result<Pid> {
+    let mut command = match place {
+        Place::Plain => command(program, dir),
+        Place::Isolated => {
+            next_child_is_init()?;
+            let mut command = command(&std::env::current_exe()?, dir);
+            command.arg("inside").arg(program);
+            command
+        }
+    };
+    started(command.args(args))
+}
+
+/// Makes a process that runs the skeleton, in the host's pid namespace with
+/// the pid `wanted`.
+fn new_skeleton(place: Place, wanted: Option<Pid>) -> Result<Pid> {
+    let mut command = command(&std::env::current_exe()?, Path::new("/"));
+    let (read, write) = pipe2(OFlag::empty())?;
+    fcntl(read.as_raw_fd(), FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC))?;
+    command.arg(match place {
+        Place::Plain => "skeleton",
+        Place::Isolated => "inside",
+    });
+    command.args((place == Place::Isolated).then_some("skeleton"));
+    command.arg(write.as_raw_fd().to_string());
+    let pid = match (place, wanted) {
+        (Place::Plain, Some(wanted)) => with_pid(wanted, &mut command)?,
+        _ => {
+            next_child_is_init()?;
+            started(&mut command)?
+        }
+    };
+    // The other end closes when the skeleton is executed, or failed.
+    drop(write);
+    let mut failure = String::new();
+    File::from(read).read_to_string(&mut failure)?;
+    ensure!(failure.is_empty(), "no skeleton: {failure}");
+    Ok(pid)
+}
+
+/// Starts `command` and leaves it to us to collect.
+fn started(command: &mut Command) -> Result<Pid> {
+    let child = command.spawn().with_context(|| format!("{command:?}"))?;
+    Ok(Pid::from_raw(child.id().try_into()?))
+}
+
+/// Starts `command` as process `pid`. Others fork on this host too, so the
+/// number may be taken by one of theirs that soon goes away.
+fn with_pid(pid: Pid, command: &mut Command) -> Result<Pid> {
+    for _ in 0..1000 {
+        fs::write("/proc/sys/kernel/ns_last_pid", (pid.as_raw() - 1).to_string())?;
+        let got = started(command)?;
+        if got == pid {
+            return Ok(pid);
+        }
+        kill(got, Signal::SIGKILL)?;
+        waitpid(got, None)?;
+    }
+    bail!("pid {pid} stays taken")
+}
+
+/// The next process we start will be pid 1 of a new namespace.
+fn next_child_is_init() -> Result<()> {
+    setns(File::open("/proc/self/ns/pid")?, CloneFlags::CLONE_NEWPID)?;
+    unshare(CloneFlags::CLONE_NEWPID)?;
+    Ok(())
+}
+
+/// What a new init does before it becomes `args`.
+pub fn inside(args: &[String]) -> Result<()> {
+    unshare(CloneFlags::CLONE_NEWNS)?;
+    let none = None::<&str>;
+    mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none)?;
+    mount(Some("proc"), "/proc", Some("proc"), MsFlags::empty(), none)?;
+    match args {
+        [skeleton, rest @ ..] if skeleton == "skeleton" => become_skeleton(rest),
+        [program, rest @ ..] => Err(Command::new(program).args(rest).exec().into()),
+        [] => bail!("inside: needs a program"),
+    }
+}
+
+/// Becomes the skeleton; the pipe whose number is given closes with that.
+pub fn become_skeleton(args: &[String]) -> Result<()> {
+    let [pipe] = args else { bail!("skeleton: needs a pipe") };
+    fcntl(pipe.parse()?, FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC))?;
+    let error = skeleton::exec();
+    fs::write(format!("/proc/self/fd/{pipe}"), error.to_string())?;
+    Err(error.into())
+}
+
+/// Kills and collects everything below us.
+fn end_all() -> Result<()> {
+    loop {
+        for pid in tree(getpid())?.into_iter().skip(1) {
+            // It may have ended since it was listed.
+            kill(pid, Signal::SIGKILL)
+                .or_else(|err| if err == Errno::ESRCH { Ok(()) } else { Err(err) })?;
+        }
+        match waitpid(None, None) {
+            Err(Errno::ECHILD) => return Ok(()),
+            other => other?,
+        };
+    }
+}
+
+/// Reads the answer to an order.
+pub(crate) fn answer<T: DeserializeOwned>(line: &str) -> Result<T> {
+    let answer: Result<serde_json::Value, String> =
+        serde_json::from_str(line).with_context(|| format!("worker said {line:?}"))?;
+    let value = answer.map_err(anyhow::Error::msg)?;
+    Ok(serde_json::from_value(value)?)
+}
