@@ -4,9 +4,11 @@
 //! about it ([`Facts`]), moves it with the engine, reads again, and then asks
 //! the program whether its world is whole.
 
+pub mod bundle;
 mod check;
 mod child;
 mod facts;
+pub mod hosts;
 pub mod image;
 mod maps;
 pub mod proc;
@@ -17,8 +19,6 @@ pub use check::{at_rest, check, check_busy, check_repeated, unless_skipped};
 pub use child::{Child, Mood, Skipped};
 pub use facts::Facts;
 pub use worker::Place;
-
-pub mod hosts;
 
 /// Says that the running test cannot do its work here: `lacks` names what is
 /// missing. `cargo xtask test` fails unless `tests/skips.txt` knows the test.
