@@ -1,0 +1,53 @@
+//! `kill` and `delete`.
+
+use anyhow::{Context, Result, bail};
+use libcontainer::container::{Container, ContainerStatus};
+use libcontainer::signal::Signal;
+use liboci_cli::{Delete, Kill};
+use nix::sys::signal;
+
+use crate::container::Root;
+
+/// Sends a signal to init or to every process of a container.
+pub(crate) fn kill(root: &Root, args: &Kill) -> Result<u8> {
+    let mut container = root.load(&args.container_id)?;
+    let before = container.status();
+    if before == ContainerStatus::Stopped && !args.all {
+        // containerd and podman know these words.
+        bail!("cannot kill {}: container not running", args.container_id);
+    }
+    if args.signal == "0" {
+        return probe(&container);
+    }
+    let signal = Signal::try_from(args.signal.as_str())?;
+    container
+        .kill(signal, args.all)
+        .with_context(|| format!("cannot kill {}", args.container_id))?;
+    // libcontainer notes any signal as the end; whether it was one is seen at
+    // the next load.
+    container.set_status(before).save()?;
+    Ok(0)
+}
+
+/// Removes a container and all that was made for it.
+pub(crate) fn delete(root: &Root, args: &Delete) -> Result<u8> {
+    let id = &args.container_id;
+    if args.force && !root.dir(id)?.exists() {
+        return Ok(0);
+    }
+    remove(root.load(id)?, args.force)?;
+    Ok(0)
+}
+
+/// Removes a loaded container; one that runs only by `force`.
+pub(crate) fn remove(mut container: Container, force: bool) -> Result<()> {
+    let id = container.id().to_owned();
+    container.delete(force).with_context(|| format!("cannot delete {id}"))
+}
+
+/// Signal 0: only asks whether init is there.
+fn probe(container: &Container) -> Result<u8> {
+    let pid = container.pid().context("the container has no init")?;
+    signal::kill(pid, None).with_context(|| format!("cannot reach pid {pid}"))?;
+    Ok(0)
+}
