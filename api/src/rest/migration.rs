@@ -1,0 +1,176 @@
+//! Migrations, their progress and their report.
+
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
+use uuid::Uuid;
+
+use super::{ContainerId, MigrationState};
+use crate::Problem;
+
+/// What becomes of established TCP connections.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum TcpPolicy {
+    /// They go on at the destination, which takes over their address.
+    Keep,
+    /// The program finds them closed by the peer.
+    Close,
+    /// The migration is refused while there is one.
+    #[default]
+    Refuse,
+}
+
+/// What is asked of one migration.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct MigrateOptions {
+    /// Established TCP connections.
+    #[serde(default)]
+    pub tcp: TcpPolicy,
+    /// Carry file locks; without it a held lock is a refusal.
+    #[serde(default)]
+    pub file_locks: bool,
+    /// Accept unix sockets to processes outside; they arrive closed.
+    #[serde(default)]
+    pub external_unix: bool,
+    /// Accept a controlling terminal from outside.
+    #[serde(default)]
+    pub shell_job: bool,
+}
+
+/// Asks for a migration, or for the verdict on one.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct MigrateRequest {
+    /// URL of the destination's shim, or a peer's name.
+    pub to: String,
+    /// Absolute path of the bundle there, where it differs.
+    #[serde(default)]
+    pub bundle: Option<String>,
+    /// Established TCP connections.
+    #[serde(default)]
+    pub tcp: TcpPolicy,
+    /// Carry file locks; without it a held lock is a refusal.
+    #[serde(default)]
+    pub file_locks: bool,
+    /// Accept unix sockets to processes outside; they arrive closed.
+    #[serde(default)]
+    pub external_unix: bool,
+    /// Accept a controlling terminal from outside.
+    #[serde(default)]
+    pub shell_job: bool,
+}
+
+impl MigrateRequest {
+    /// A request with nothing but its destination.
+    #[must_use]
+    pub fn to(to: impl Into<String>) -> Self {
+        let (tcp, file_locks, external_unix, shell_job) =
+            (TcpPolicy::default(), false, false, false);
+        Self { to: to.into(), bundle: None, tcp, file_locks, external_unix, shell_job }
+    }
+
+    /// What of it concerns the engine.
+    #[must_use]
+    pub fn options(&self) -> MigrateOptions {
+        MigrateOptions {
+            tcp: self.tcp,
+            file_locks: self.file_locks,
+            external_unix: self.external_unix,
+            shell_job: self.shell_job,
+        }
+    }
+}
+
+/// What a migration is doing, in words for a progress bar.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum Phase {
+    /// Both nodes judge whether it can move.
+    #[default]
+    Checking,
+    /// The destination makes the sandbox.
+    Preparing,
+    /// Pages are sent while the container runs.
+    Copying,
+    /// The container stands still.
+    Frozen,
+    /// The destination takes over.
+    Switching,
+    /// The source waits to learn whether the destination runs it.
+    Asking,
+    /// The source clears away what is left.
+    Cleaning,
+    /// It is over.
+    Done,
+}
+
+/// How far a migration is.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Progress {
+    /// What it does now.
+    pub phase: Phase,
+    /// Bytes of image sent or received.
+    pub bytes: u64,
+    /// Bytes there will be, as far as known.
+    pub total: u64,
+    /// Records sent or received.
+    pub records: u64,
+    /// Bytes in the last second.
+    pub rate: u64,
+}
+
+/// What a migration did. Times in microseconds.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Report {
+    /// From the request until the destination ran it.
+    pub total_us: u64,
+    /// From the first stop request until the destination said `Running`.
+    pub downtime_us: u64,
+    /// Of that, until all threads stood still.
+    pub freeze_us: u64,
+    /// Of that, dumping and sending.
+    pub dump_us: u64,
+    /// Of that, from the last record until the destination was ready.
+    pub ready_us: u64,
+    /// Of that, from `Commit` to `Running`.
+    pub commit_us: u64,
+    /// At the destination, from the first record until all stood ready.
+    pub restore_us: u64,
+    /// At the destination, from `Commit` until all threads ran.
+    pub thaw_us: u64,
+    /// Processes moved.
+    pub processes: u64,
+    /// Threads moved.
+    pub threads: u64,
+    /// Pages whose content was sent.
+    pub pages: u64,
+    /// Bytes of image sent.
+    pub bytes: u64,
+}
+
+/// A migration, out of this node or into it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Migration {
+    /// Its id, the same on both nodes.
+    pub id: Uuid,
+    /// What moves.
+    pub container: ContainerId,
+    /// The other node: a URL or a name.
+    pub peer: String,
+    /// Direction and state.
+    #[serde(flatten)]
+    pub state: MigrationState,
+    /// How far it is.
+    pub progress: Progress,
+    /// Why it failed.
+    pub error: Option<Problem>,
+    /// What it did, when it succeeded.
+    pub report: Option<Report>,
+    /// When it was asked for, in milliseconds since 1970.
+    pub started_ms: u64,
+    /// When it was over.
+    pub ended_ms: Option<u64>,
+}
+
+/// One event of a migration's stream: the whole migration as it stands then.
+pub type Event = Migration;
