@@ -15,12 +15,12 @@ use std::{
     net::Ipv4Addr,
     ops::Index,
     os::{
-        fd::{AsFd, OwnedFd},
+        fd::{AsFd, BorrowedFd, OwnedFd},
         unix::process::CommandExt,
     },
     path::{Path, PathBuf},
     process::{Child, ChildStdout, Command, Output, Stdio},
-    thread,
+    thread::{self, JoinHandle},
 };
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
@@ -186,21 +186,24 @@ impl Host {
             .join(inside.strip_prefix("/").unwrap_or(inside))
     }
 
-    /// Moves the calling thread into this host for good: its sockets and its
-    /// child processes are the host's from now on.
-    pub fn enter(&self) -> io::Result<()> {
-        // A mount namespace can be joined by a thread with a cwd of its own only.
-        unshare(CloneFlags::CLONE_FS)?;
-        setns(self.pidfd.as_fd(), SPACES)?;
-        Ok(())
-    }
-
     /// Runs `work` in a thread inside this host.
     pub fn with<T: Send>(&self, work: impl FnOnce() -> T + Send) -> io::Result<T> {
         thread::scope(|scope| {
-            let done = scope.spawn(|| self.enter().map(|()| work())).join();
+            let done = scope.spawn(|| enter(self.pidfd.as_fd()).map(|()| work())).join();
             done.unwrap_or_else(|panic| std::panic::resume_unwind(panic))
         })
+    }
+
+    /// Runs `work` in a thread of its own, which lives in this host but can
+    /// start no thread more.
+    pub fn thread<T: Send + 'static>(
+        &self,
+        work: impl FnOnce() -> T + Send + 'static,
+    ) -> io::Result<JoinHandle<io::Result<T>>> {
+        let pidfd = self.pidfd.try_clone()?;
+        thread::Builder::new()
+            .name(format!("on {}", self.name))
+            .spawn(move || enter(pidfd.as_fd()).map(|()| work()))
     }
 
     /// Starts a program inside this host, out of reach of the terminal's Ctrl-C.
@@ -281,6 +284,15 @@ impl Drop for Host {
         self.says.read_line(&mut String::new()).ok();
         thread::spawn(move || init.wait());
     }
+}
+
+/// Moves the calling thread into a host for good: its sockets and its child
+/// processes are the host's from now on.
+fn enter(host: BorrowedFd<'_>) -> io::Result<()> {
+    // A mount namespace can be joined by a thread with a cwd of its own only.
+    unshare(CloneFlags::CLONE_FS)?;
+    setns(host, SPACES)?;
+    Ok(())
 }
 
 /// Starts the first process of a host, from a thread that is of no use after.

@@ -14,6 +14,7 @@ mod maps;
 pub mod proc;
 pub mod scenarios;
 pub mod worker;
+pub mod writer;
 
 pub use check::{at_rest, check, check_busy, check_repeated, unless_skipped};
 pub use child::{Child, Mood, Skipped};
