@@ -3,7 +3,11 @@
 //! The engine writes them to an [`ImageSink`] and reads them from an
 //! [`ImageSource`]; whether that is a file or a socket is the caller's affair.
 
+mod file;
+
 use std::io::{self, IoSlice};
+
+pub use file::{FileError, FileSink, FileSource, NAME as FILE_NAME};
 
 /// Version of the records' bodies; an image of another one is refused.
 pub const VERSION: u16 = 1;
