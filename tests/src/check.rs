@@ -1,9 +1,10 @@
 //! What every scenario goes through.
+#![allow(clippy::print_stdout, reason = "captured, and shown for a test that fails")]
 
 use std::thread::yield_now;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 
 use crate::{Child, Facts, Mood, Place, Skipped, skip};
 
@@ -33,7 +34,14 @@ pub fn at_rest(scenario: &str) -> Result<()> {
         }
         match Child::spawn(scenario, Place::Isolated, Mood::Spoiled)?.verify() {
             Ok(()) => bail!("it does not notice that its world was damaged"),
-            Err(_noticed) => Ok(()),
+            Err(noticed) => {
+                let text = noticed.to_string();
+                let found =
+                    text.strip_prefix("failed: ").filter(|text| !text.starts_with("cannot"));
+                ensure!(found.is_some(), "it should find the damage: {text}");
+                println!("{scenario} notices: {text}");
+                Ok(())
+            }
         }
     })
 }

@@ -6,7 +6,10 @@
 macro_rules! for_each_scenario {
     ($with:ident) => {
         $with! {
-            counter
+            counter heap clocks
+            memory_private memory_file memory_shared memory_advice memory_sparse memory_stack
+            memory_cow
+            threads_one threads_16 threads_1000 threads_robust
         }
     };
 }

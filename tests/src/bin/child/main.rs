@@ -2,30 +2,31 @@
 //!
 //! `child DIR SCENARIO MOOD` sets its world up, says `ready` into the FIFO
 //! `DIR/report`, and on SIGUSR2 says `ok` or what is wrong.
+#![allow(clippy::unit_arg, reason = "a check or a damage in one expression reads best")]
 
 mod counter;
+mod fork;
+mod memory;
 mod sys;
+mod threads;
 mod world;
 
 use anyhow::{Result, bail};
 use dunlin_tests::{Skipped, for_each_scenario};
 
-use counter::counter;
-
-/// A world that was set up.
-trait Scenario {
-    /// Finds out whether it is whole.
-    fn check(&mut self) -> Result<()>;
-
-    /// Damages it the way a bad move would.
-    fn spoil(&mut self) -> Result<()>;
-}
+use counter::{clocks, counter, heap};
+use memory::{
+    memory_advice, memory_cow, memory_file, memory_private, memory_shared, memory_sparse,
+    memory_stack,
+};
+use threads::{threads_16, threads_1000, threads_one, threads_robust};
+use world::Scenario;
 
 macro_rules! set_up {
     ($($name:ident)*) => {
-        fn set_up(scenario: &str) -> Result<Box<dyn Scenario>> {
+        fn set_up(scenario: &str) -> Result<Scenario> {
             match scenario {
-                $(stringify!($name) => Ok(Box::new($name()?)),)*
+                $(stringify!($name) => $name(),)*
                 _ => bail!("no scenario {scenario}"),
             }
         }
@@ -38,21 +39,11 @@ fn main() -> Result<()> {
     let args: Vec<String> = std::env::args().skip(1).collect();
     let [dir, scenario, mood] = args.as_slice() else { bail!("usage: child DIR SCENARIO MOOD") };
     world::begin(dir, mood)?;
-    let verdict = run(scenario);
+    let verdict = set_up(scenario).and_then(Scenario::run);
     match &verdict {
         Ok(()) => world::say("ok")?,
         Err(err) if err.is::<Skipped>() => world::say(&err.to_string())?,
         Err(err) => world::say(&format!("failed: {err:#}"))?,
     }
     verdict
-}
-
-fn run(scenario: &str) -> Result<()> {
-    let mut world = set_up(scenario)?;
-    world::say("ready")?;
-    world::wait_for_question()?;
-    if world::is_to_be_spoiled() {
-        world.spoil()?;
-    }
-    world.check()
 }

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use nix::sys::signal::{SigSet, SigmaskHow, Signal};
 use nix::unistd::setsid;
 
@@ -15,6 +15,43 @@ use crate::sys;
 static DIR: Mutex<Option<PathBuf>> = Mutex::new(None);
 static MOOD: AtomicU8 = AtomicU8::new(0);
 static ASKED: AtomicBool = AtomicBool::new(false);
+
+/// A world that was set up, and how to look at it.
+pub(crate) struct Scenario(Box<dyn FnOnce() -> Result<()>>);
+
+impl Scenario {
+    /// `check` finds out whether `state` is whole; `spoil` damages it the way
+    /// a bad move would.
+    pub(crate) fn new<S: 'static>(
+        state: S,
+        check: fn(&mut S) -> Result<()>,
+        spoil: fn(&mut S) -> Result<()>,
+    ) -> Result<Self> {
+        Self::waiting(state, |_| wait_for_question(), check, spoil)
+    }
+
+    /// The same for a world that waits for the question in its own way.
+    pub(crate) fn waiting<S: 'static>(
+        mut state: S,
+        wait: fn(&mut S) -> Result<()>,
+        check: fn(&mut S) -> Result<()>,
+        spoil: fn(&mut S) -> Result<()>,
+    ) -> Result<Self> {
+        Ok(Self(Box::new(move || {
+            wait(&mut state)?;
+            if is_to_be_spoiled() {
+                spoil(&mut state).context("cannot spoil")?;
+            }
+            check(&mut state)
+        })))
+    }
+
+    /// Says that the world stands, waits for the question, answers it.
+    pub(crate) fn run(self) -> Result<()> {
+        say("ready")?;
+        (self.0)()
+    }
+}
 
 extern "C" fn on_question(_signal: i32) {
     ASKED.store(true, Ordering::SeqCst);
