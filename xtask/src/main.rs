@@ -1,7 +1,8 @@
-//! The project's own commands: `cargo xtask lint | test`.
+//! The project's own commands: `cargo xtask lint | test | bench`.
 
 #![allow(clippy::print_stdout, clippy::print_stderr, reason = "a command line program")]
 
+mod bench;
 mod deny;
 mod lint;
 mod setup;
@@ -17,12 +18,15 @@ use clap::Parser;
 enum Command {
     /// Checks format, lints, licences and the shape of the source tree.
     Lint,
+    /// Installs what it needs, builds for speed and measures.
+    Bench(bench::Args),
     /// Installs what the tests need and runs all of them.
     Test(test::Args),
 }
 
 fn main() -> ExitCode {
     let done = match Command::parse() {
+        Command::Bench(args) => setup::in_release().and_then(|()| bench::run(&args)),
         Command::Lint => lint::run(),
         Command::Test(args) => test::run(&args),
     };

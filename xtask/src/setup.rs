@@ -1,7 +1,9 @@
 //! What a fresh Debian machine lacks, installed by apt.
 
 use std::{
+    ffi::OsString,
     fmt::Display,
+    os::unix::process::CommandExt,
     process::{Command, Stdio},
 };
 
@@ -62,9 +64,25 @@ fn apt(args: &[&str]) -> Result<()> {
 
 /// This cargo, in the project's root.
 pub(crate) fn cargo() -> Command {
-    let mut cargo = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    let mut cargo = Command::new(program());
     cargo.current_dir(root());
     cargo
+}
+
+fn program() -> OsString {
+    std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into())
+}
+
+/// Makes sure that this is a release build, by becoming one.
+pub(crate) fn in_release() -> Result<()> {
+    if cfg!(debug_assertions) {
+        // In the caller's directory, to which paths in the arguments are relative.
+        let mut cargo = Command::new(program());
+        cargo.args(["run", "--quiet", "--release", "--package", "xtask", "--"]);
+        let err = cargo.args(std::env::args_os().skip(1)).exec();
+        return Err(err).context("cannot run cargo");
+    }
+    Ok(())
 }
 
 /// Runs `command` to its end and wants it to succeed.
