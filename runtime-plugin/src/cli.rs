@@ -7,6 +7,9 @@ use clap::error::{ContextKind, ErrorKind};
 use clap::{CommandFactory, Parser, Subcommand};
 use liboci_cli::{CommonCmd, GlobalOpts, StandardCmd};
 
+use crate::commands::checkpoint::Checkpoint;
+use crate::commands::restore::Restore;
+
 /// Runs OCI containers and moves them between hosts.
 #[derive(Debug, Parser)]
 #[command(name = "dunlin", disable_version_flag = true)]
@@ -30,6 +33,8 @@ pub(crate) enum Command {
     Standard(Box<StandardCmd>),
     #[command(flatten)]
     Common(Box<CommonCmd>),
+    Checkpoint(Box<Checkpoint>),
+    Restore(Box<Restore>),
     /// Shows what this host offers to containers
     Info,
 }
@@ -40,7 +45,8 @@ impl Command {
         match self {
             Self::Standard(command) => matches!(**command, StandardCmd::Create(_)),
             Self::Common(command) => matches!(**command, CommonCmd::Run(_) | CommonCmd::Exec(_)),
-            Self::Info => false,
+            Self::Restore(_) => true,
+            Self::Checkpoint(_) | Self::Info => false,
         }
     }
 }
@@ -111,6 +117,19 @@ fn usage(err: &clap::Error) -> ExitCode {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn strings(args: &[&str]) -> Vec<OsString> {
+        args.iter().map(OsString::from).collect()
+    }
+
+    #[test]
+    fn containerd_may_write_one_dash() {
+        let given = strings(&["dunlin", "--root", "r", "restore", "-no-subreaper", "-d", "id"]);
+        let meant = strings(&["dunlin", "--root", "r", "restore", "--no-subreaper", "-d", "id"]);
+        assert_eq!(long_flags(given), meant);
+        let other = strings(&["dunlin", "exec", "id", "-no-subreaper"]);
+        assert_eq!(long_flags(other.clone()), other);
+    }
 
     #[test]
     fn definition_is_sound() {

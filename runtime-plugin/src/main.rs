@@ -4,12 +4,15 @@
 //! container happens in this short-lived, single-threaded process.
 
 mod cli;
+mod clocks;
 mod commands;
 mod container;
 mod create;
 mod foreground;
 mod log;
+mod manifest;
 mod program;
+mod sandbox;
 mod spec;
 
 use std::env;
@@ -67,6 +70,8 @@ fn run(cli: &Cli) -> Result<u8> {
             CommonCmd::Update(args) => commands::update::update(&root, args),
             CommonCmd::Spec(args) => commands::spec::spec(args),
         },
+        Command::Checkpoint(args) => commands::checkpoint::checkpoint(&root, args),
+        Command::Restore(args) => commands::restore::restore(&root, cli, args),
         Command::Info => commands::info::info(),
     }
 }

@@ -2,6 +2,7 @@
 //!
 //! Each returns the exit code. stdout belongs to the caller.
 
+pub(crate) mod checkpoint;
 pub(crate) mod create;
 pub(crate) mod events;
 pub(crate) mod exec;
@@ -10,6 +11,7 @@ pub(crate) mod info;
 pub(crate) mod kill;
 pub(crate) mod pause;
 pub(crate) mod ps;
+pub(crate) mod restore;
 pub(crate) mod spec;
 pub(crate) mod state;
 pub(crate) mod update;

@@ -1,14 +1,11 @@
-//! Drives the built `dunlin` as container engines do, on a busybox bundle.
-//!
-//! Needs root; without it every test says so and passes.
-
-mod bundle;
+//! Commands of the OCI command line.
 
 use std::fs;
 use std::process::Stdio;
 
-use bundle::{Bundle, needs_root, until};
 use serde_json::json;
+
+use crate::bundle::{Bundle, needs_root, until};
 
 /// A program that runs until it is told to end, with exit code 7.
 const LOOP: &str = "trap 'exit 7' TERM; echo up; while :; do sleep 0.05; done";

@@ -1,0 +1,167 @@
+//! `restore`: a container goes on from an image in a directory.
+
+use std::path::PathBuf;
+
+use anyhow::{Context, Result, bail};
+use clap::Args;
+use dunlin_checkpoint::image::{FileSource, ImageSource};
+use dunlin_checkpoint::{RestoreReport, TcpPolicy};
+use libcontainer::container::Container;
+use nix::sys::prctl;
+
+use super::kill;
+use crate::cli::Cli;
+use crate::clocks::Clocks;
+use crate::container::Root;
+use crate::create::Creation;
+use crate::log::Afterwards;
+use crate::manifest::Manifest;
+use crate::program::Program;
+use crate::sandbox::Sandbox;
+use crate::{foreground, spec};
+
+/// Continues a container from a checkpoint
+#[derive(Debug, Args)]
+pub(crate) struct Restore {
+    /// Directory with the image.
+    #[arg(long, default_value = "checkpoint")]
+    image_path: PathBuf,
+    /// Taken and not needed: there are no work files.
+    #[arg(long)]
+    work_path: Option<PathBuf>,
+    /// Directory with config.json and the root filesystem.
+    #[arg(short, long, default_value = ".")]
+    bundle: PathBuf,
+    /// Returns as soon as the container runs.
+    #[arg(short, long)]
+    detach: bool,
+    /// File for the pid of init.
+    #[arg(long)]
+    pid_file: Option<PathBuf>,
+    /// Unix socket that receives the container's terminal.
+    #[arg(long)]
+    console_socket: Option<PathBuf>,
+    /// Uses chroot instead of pivot_root.
+    #[arg(long)]
+    no_pivot: bool,
+    /// Leaves orphans of the container to the host's init.
+    #[arg(long)]
+    no_subreaper: bool,
+    /// Taken and not needed: the image says which connections it keeps.
+    #[arg(long)]
+    tcp_established: bool,
+    /// Closes TCP connections; only for an image that does not keep them.
+    #[arg(long)]
+    tcp_close: bool,
+    /// Taken and not needed: the image says so.
+    #[arg(long)]
+    ext_unix_sk: bool,
+    /// Taken and not needed: the image says so.
+    #[arg(long)]
+    shell_job: bool,
+    /// Taken and not needed: the image says so.
+    #[arg(long)]
+    file_locks: bool,
+    /// Not supported: pages are served by a migration, not by an image.
+    #[arg(long)]
+    lazy_pages: bool,
+    /// Namespaces whose inside is not restored; the network's never is.
+    #[arg(long)]
+    empty_ns: Vec<String>,
+    /// Taken and not needed: an image has no parent.
+    #[arg(long)]
+    auto_dedup: bool,
+    /// Taken and not needed: cgroups come from the bundle.
+    #[arg(long, default_value = "soft", value_parser = ["ignore", "full", "strict", "soft"])]
+    manage_cgroups_mode: String,
+    /// Not supported: the profile comes from the bundle.
+    #[arg(long)]
+    lsm_profile: Option<String>,
+    /// Not supported: dunlin has no SELinux.
+    #[arg(long)]
+    lsm_mount_context: Option<String>,
+    /// Id of the new container.
+    container_id: String,
+}
+
+impl Restore {
+    fn judge(&self) -> Result<()> {
+        for (flag, given) in [
+            ("--lazy-pages", self.lazy_pages),
+            ("--lsm-profile", self.lsm_profile.as_ref().is_some_and(|value| !value.is_empty())),
+            (
+                "--lsm-mount-context",
+                self.lsm_mount_context.as_ref().is_some_and(|value| !value.is_empty()),
+            ),
+        ] {
+            if given {
+                bail!("{flag} is not supported");
+            }
+        }
+        if let Some(namespace) = self.empty_ns.iter().find(|name| *name != "network") {
+            bail!("--empty-ns {namespace} is not supported");
+        }
+        Ok(())
+    }
+}
+
+/// Restores a container and, unless detached, stays until it ends.
+pub(crate) fn restore(root: &Root, cli: &Cli, args: &Restore) -> Result<u8> {
+    if !args.detach && !args.no_subreaper {
+        // Without a pid namespace of its own its orphans come to us.
+        prctl::set_child_subreaper(true).context("cannot become a subreaper")?;
+    }
+    let id = &args.container_id;
+    let (container, report) = build(root, cli, args)
+        .with_context(|| format!("cannot restore {id}"))
+        .afterwards(|| "nothing was created; the image is as before".into())?;
+    tracing::info!(%id, ?report, "container restored");
+    if args.detach {
+        return Ok(0);
+    }
+    let code = foreground::wait(container.pid().context("the container has no init")?);
+    kill::remove(root.load(id)?, true)?;
+    code
+}
+
+fn build(root: &Root, cli: &Cli, args: &Restore) -> Result<(Container, RestoreReport)> {
+    args.judge()?;
+    let image = args.image_path.display();
+    let manifest = Manifest::load(&args.image_path)?;
+    if manifest.pre_dump {
+        bail!("{image} holds a pre-dump, which has no image");
+    }
+    if args.tcp_close && manifest.options.tcp == TcpPolicy::Keep {
+        bail!("--tcp-close: the image keeps its connections; checkpoint with --tcp-close instead");
+    }
+    let mut source = FileSource::open(&args.image_path)
+        .with_context(|| format!("cannot read the image in {image}"))?;
+    let spec = spec::load(&args.bundle, root, &args.container_id, cli.global.systemd_cgroup)?;
+    let creation = Creation {
+        root,
+        id: &args.container_id,
+        bundle: &args.bundle,
+        spec,
+        pid_file: args.pid_file.as_deref(),
+        console_socket: args.console_socket.as_deref(),
+        preserve_fds: 0,
+        no_pivot: args.no_pivot,
+        systemd: cli.global.systemd_cgroup,
+        executor: Box::new(Program),
+    };
+    fill(creation, manifest.clocks, &mut source)
+}
+
+/// Makes the sandbox, builds the tree in it and lets it run.
+fn fill(
+    creation: Creation<'_>,
+    clocks: Option<Clocks>,
+    source: &mut dyn ImageSource,
+) -> Result<(Container, RestoreReport)> {
+    let sandbox = Sandbox::make(creation, clocks).context("cannot make the sandbox")?;
+    let place = dunlin_checkpoint::Sandbox { init: sandbox.init(), stdio: sandbox.stdio()? };
+    let nascent = dunlin_checkpoint::restore(place, source)?;
+    let report = nascent.report().clone();
+    nascent.thaw()?;
+    Ok((sandbox.commit()?, report))
+}

@@ -1,0 +1,76 @@
+//! `manifest.json`, which stands beside an image in a checkpoint directory.
+//!
+//! Says what the image is to people and to `restore`; nothing in it is trusted
+//! beyond that.
+
+use std::fs;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
+
+use anyhow::{Context, Result, bail};
+use dunlin_checkpoint::Options;
+use serde::{Deserialize, Serialize};
+
+use crate::clocks::Clocks;
+
+const NAME: &str = "manifest.json";
+const VERSION: u32 = 1;
+
+/// A description of one checkpoint.
+#[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Manifest {
+    /// Version of this file.
+    pub(crate) version: u32,
+    /// Version of dunlin that wrote it.
+    pub(crate) dunlin: String,
+    /// Id the container had.
+    pub(crate) id: String,
+    /// Whether this was a rehearsal (`--pre-dump`) without an image.
+    pub(crate) pre_dump: bool,
+    /// How it was dumped.
+    pub(crate) options: Options,
+    /// What its clocks showed while it stood still.
+    pub(crate) clocks: Option<Clocks>,
+}
+
+impl Manifest {
+    /// Describes a checkpoint of container `id`.
+    pub(crate) fn new(id: &str, options: &Options) -> Self {
+        Self {
+            version: VERSION,
+            dunlin: env!("CARGO_PKG_VERSION").into(),
+            id: id.into(),
+            pre_dump: false,
+            options: options.clone(),
+            clocks: None,
+        }
+    }
+
+    /// Writes it into a checkpoint directory.
+    pub(crate) fn save(&self, dir: &Path) -> Result<()> {
+        let path = dir.join(NAME);
+        let file = fs::OpenOptions::new()
+            .write(true)
+            .create(true)
+            .truncate(true)
+            .mode(0o600)
+            .open(&path)
+            .with_context(|| format!("cannot write {}", path.display()))?;
+        serde_json::to_writer_pretty(&file, self)
+            .with_context(|| format!("cannot write {}", path.display()))?;
+        file.sync_all().with_context(|| format!("cannot write {}", path.display()))
+    }
+
+    /// Reads the one of a checkpoint directory.
+    pub(crate) fn load(dir: &Path) -> Result<Self> {
+        let path = dir.join(NAME);
+        let bytes = fs::read(&path).with_context(|| format!("cannot read {}", path.display()))?;
+        let manifest: Self = serde_json::from_slice(&bytes)
+            .with_context(|| format!("cannot read {}", path.display()))?;
+        if manifest.version != VERSION {
+            bail!("{} is of version {}, which is unknown", path.display(), manifest.version);
+        }
+        Ok(manifest)
+    }
+}
