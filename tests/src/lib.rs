@@ -11,6 +11,7 @@ mod facts;
 pub mod hosts;
 pub mod image;
 mod maps;
+pub mod node;
 pub mod proc;
 pub mod scenarios;
 pub mod worker;

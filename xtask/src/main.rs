@@ -1,8 +1,9 @@
-//! The project's own commands: `cargo xtask lint | test | bench`.
+//! The project's own commands: `cargo xtask lint | test | demo | bench`.
 
 #![allow(clippy::print_stdout, clippy::print_stderr, reason = "a command line program")]
 
 mod bench;
+mod demo;
 mod deny;
 mod lint;
 mod setup;
@@ -18,7 +19,9 @@ use clap::Parser;
 enum Command {
     /// Checks format, lints, licences and the shape of the source tree.
     Lint,
-    /// Installs what it needs, builds for speed and measures.
+    /// Moves a Redis under load between two hosts made for the purpose.
+    Demo(demo::Args),
+    /// Measures.
     Bench(bench::Args),
     /// Installs what the tests need and runs all of them.
     Test(test::Args),
@@ -26,7 +29,8 @@ enum Command {
 
 fn main() -> ExitCode {
     let done = match Command::parse() {
-        Command::Bench(args) => setup::in_release().and_then(|()| bench::run(&args)),
+        Command::Bench(args) => setup::for_speed().and_then(|()| bench::run(&args)),
+        Command::Demo(args) => setup::for_speed().and_then(|()| demo::run(&args)),
         Command::Lint => lint::run(),
         Command::Test(args) => test::run(&args),
     };

@@ -73,16 +73,18 @@ fn program() -> OsString {
     std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into())
 }
 
-/// Makes sure that this is a release build, by becoming one.
-pub(crate) fn in_release() -> Result<()> {
-    if cfg!(debug_assertions) {
-        // In the caller's directory, to which paths in the arguments are relative.
-        let mut cargo = Command::new(program());
-        cargo.args(["run", "--quiet", "--release", "--package", "xtask", "--"]);
-        let err = cargo.args(std::env::args_os().skip(1)).exec();
-        return Err(err).context("cannot run cargo");
+/// Installs what the demo needs, builds the programs that it runs, and makes
+/// sure that this program is a release build, by becoming one.
+pub(crate) fn for_speed() -> Result<()> {
+    if !cfg!(debug_assertions) {
+        return Ok(());
     }
-    Ok(())
+    install(&[BUILD, DEMO])?;
+    run(cargo().args(["build", "--quiet", "--release", "--workspace", "--bins"]))?;
+    let own = std::env::current_exe()?;
+    let target = own.ancestors().nth(2).context("this program lies in no target directory")?;
+    let mut xtask = Command::new(target.join("release/xtask"));
+    Err(xtask.args(std::env::args_os().skip(1)).exec()).context("cannot become a release build")
 }
 
 /// Runs `command` to its end and wants it to succeed.

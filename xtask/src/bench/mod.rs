@@ -13,8 +13,6 @@ use std::{fs, path::PathBuf};
 use anyhow::{Context, Result, ensure};
 use serde::Serialize;
 
-use crate::setup;
-
 /// What to measure.
 #[derive(clap::Args)]
 pub(crate) struct Args {
@@ -80,7 +78,6 @@ struct Results {
 
 /// Measures what `args` ask for and prints a table.
 pub(crate) fn run(args: &Args) -> Result<()> {
-    setup::install(&[setup::BUILD, setup::DEMO])?;
     ensure!(0 < args.repetitions, "nothing is measured in no repetitions");
     let mut not_measured = Vec::new();
     let wanted = |name: &str| {
