@@ -10,6 +10,15 @@ macro_rules! for_each_scenario {
             memory_private memory_file memory_shared memory_advice memory_sparse memory_stack
             memory_cow
             threads_one threads_16 threads_1000 threads_robust
+            tree_sessions tree_orphans tree_leaderless tree_zombies tree_stopped tree_deep tree_wide
+            registers_general registers_avx registers_avx512 registers_float registers_segments
+            signals_pending signals_actions signals_altstack
+            timers_interval timers_alarm timers_posix timers_overrun
+            call_nanosleep call_clock_nanosleep call_clock_nanosleep_until
+            call_poll call_poll_timeout call_ppoll_timeout call_select_timeout
+            call_epoll_wait call_epoll_wait_timeout call_futex call_futex_timeout
+            call_recv call_recv_timeout call_accept call_read_pipe call_write_pipe
+            call_wait4 call_sigtimedwait call_sigtimedwait_timeout call_flock
         }
     };
 }

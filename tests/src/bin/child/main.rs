@@ -7,8 +7,13 @@
 mod counter;
 mod fork;
 mod memory;
+mod registers;
+mod signals;
 mod sys;
+mod syscalls;
 mod threads;
+mod timers;
+mod tree;
 mod world;
 
 use anyhow::{Result, bail};
@@ -19,7 +24,21 @@ use memory::{
     memory_advice, memory_cow, memory_file, memory_private, memory_shared, memory_sparse,
     memory_stack,
 };
+use registers::{
+    registers_avx, registers_avx512, registers_float, registers_general, registers_segments,
+};
+use signals::{signals_actions, signals_altstack, signals_pending};
+use syscalls::{
+    call_accept, call_clock_nanosleep, call_clock_nanosleep_until, call_epoll_wait,
+    call_epoll_wait_timeout, call_flock, call_futex, call_futex_timeout, call_nanosleep, call_poll,
+    call_poll_timeout, call_ppoll_timeout, call_read_pipe, call_recv, call_recv_timeout,
+    call_select_timeout, call_sigtimedwait, call_sigtimedwait_timeout, call_wait4, call_write_pipe,
+};
 use threads::{threads_16, threads_1000, threads_one, threads_robust};
+use timers::{timers_alarm, timers_interval, timers_overrun, timers_posix};
+use tree::{
+    tree_deep, tree_leaderless, tree_orphans, tree_sessions, tree_stopped, tree_wide, tree_zombies,
+};
 use world::Scenario;
 
 macro_rules! set_up {

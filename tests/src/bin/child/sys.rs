@@ -198,3 +198,187 @@ pub(crate) fn robust_lock(memory: Mapping) -> i32 {
     // SAFETY: `robust_mutex` put one there.
     unsafe { libc::pthread_mutex_trylock(memory.addr as *mut _) }
 }
+
+/// Gives this thread a signal stack.
+pub(crate) fn set_altstack(memory: Mapping) -> Result<()> {
+    let stack = libc::stack_t { ss_sp: memory.addr as *mut _, ss_flags: 0, ss_size: memory.len };
+    // SAFETY: the mapping stays.
+    checked(unsafe { libc::sigaltstack(&raw const stack, std::ptr::null_mut()) })?;
+    Ok(())
+}
+
+/// What came with a signal.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Info {
+    pub(crate) signal: i32,
+    pub(crate) code: i32,
+    pub(crate) pid: i32,
+    pub(crate) uid: u32,
+    pub(crate) value: i32,
+}
+
+fn set_of(signals: &[i32]) -> libc::sigset_t {
+    // SAFETY: all-zero is the empty set; `sigaddset` only writes to it.
+    unsafe {
+        let mut set: libc::sigset_t = std::mem::zeroed();
+        for signal in signals {
+            libc::sigaddset(&raw mut set, *signal);
+        }
+        set
+    }
+}
+
+/// Blocks signals, real-time ones too, in this thread.
+pub(crate) fn block(signals: &[i32]) -> Result<()> {
+    let set = set_of(signals);
+    // SAFETY: only reads `set`.
+    let failed =
+        unsafe { libc::pthread_sigmask(libc::SIG_BLOCK, &raw const set, std::ptr::null_mut()) };
+    ensure!(failed == 0, "cannot block {signals:?}");
+    Ok(())
+}
+
+/// Takes `signal` from the pending ones, if it is there.
+pub(crate) fn take(signal: i32) -> Result<Info> {
+    wait_signal(signal, Some(0))
+}
+
+/// Waits for a blocked signal, so many seconds or for ever.
+pub(crate) fn wait_signal(signal: i32, seconds: Option<i64>) -> Result<Info> {
+    let set = set_of(&[signal]);
+    let timeout = [seconds.unwrap_or_default(), 0];
+    let timeout = seconds.map_or(0, |_| timeout.as_ptr() as usize);
+    // SAFETY: all-zero is a valid `siginfo_t`, which the call overwrites.
+    let mut info: libc::siginfo_t = unsafe { std::mem::zeroed() };
+    // Not glibc's: that disguises SI_TKILL.
+    let (set, out) = (&raw const set as usize, &raw mut info as usize);
+    call(libc::SYS_rt_sigtimedwait, [set, out, timeout, 8, 0, 0])?;
+    // SAFETY: for the signals we send these fields lie where the accessors look.
+    let (pid, uid, value) = unsafe { (info.si_pid(), info.si_uid(), info.si_value()) };
+    let value = match info.si_code {
+        libc::SI_USER | libc::SI_TKILL => 0,
+        // SAFETY: as above.
+        libc::CLD_EXITED => unsafe { info.si_status() },
+        _ => i32::try_from(value.sival_ptr as usize & 0xffff)?,
+    };
+    Ok(Info { signal: info.si_signo, code: info.si_code, pid, uid, value })
+}
+
+/// Queues `signal` with `value` to this process.
+pub(crate) fn queue(signal: i32, value: usize) -> Result<()> {
+    let value = libc::sigval { sival_ptr: value as *mut _ };
+    // SAFETY: no memory is passed, only a number of its size.
+    checked(unsafe { libc::sigqueue(libc::getpid(), signal, value) })?;
+    Ok(())
+}
+
+/// Sends `signal` to this thread alone.
+pub(crate) fn tgkill(signal: i32) -> Result<()> {
+    let (pid, tid) = (nix::unistd::getpid(), nix::unistd::gettid());
+    interrupt(pid.as_raw(), tid.as_raw(), signal)
+}
+
+/// Sends `signal` to one thread.
+pub(crate) fn interrupt(pid: i32, tid: i32, signal: i32) -> Result<()> {
+    let [pid, tid, signal] = [pid, tid, signal].map(usize::try_from);
+    call(libc::SYS_tgkill, [pid?, tid?, signal?, 0, 0, 0])?;
+    Ok(())
+}
+
+/// Ignores `signal`.
+pub(crate) fn ignore(signal: Signal) -> Result<()> {
+    let ignore = nix::sys::signal::SigHandler::SigIgn;
+    // SAFETY: no handler of ours is involved.
+    unsafe { nix::sys::signal::signal(signal, ignore) }?;
+    Ok(())
+}
+
+/// Handler, flags, restorer and mask of every signal, as the kernel keeps them.
+pub(crate) fn actions() -> Result<Vec<[usize; 4]>> {
+    let read = |signal| {
+        let mut action = [0_usize; 4];
+        call(libc::SYS_rt_sigaction, [signal, 0, action.as_mut_ptr() as usize, 8, 0, 0])?;
+        Ok(action)
+    };
+    (1..=64).map(read).collect()
+}
+
+/// Interval and value of a timer: seconds, and micro- or nanoseconds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct TimerSpec {
+    pub(crate) interval: (i64, i64),
+    pub(crate) value: (i64, i64),
+}
+
+/// Sets an interval timer of the process.
+pub(crate) fn setitimer(which: i32, TimerSpec { interval, value }: TimerSpec) -> Result<()> {
+    let spec = [interval.0, interval.1, value.0, value.1];
+    call(libc::SYS_setitimer, [usize::try_from(which)?, spec.as_ptr() as usize, 0, 0, 0, 0])?;
+    Ok(())
+}
+
+/// What is left of an interval timer.
+pub(crate) fn getitimer(which: i32) -> Result<TimerSpec> {
+    let mut spec = [0; 4];
+    call(libc::SYS_getitimer, [usize::try_from(which)?, spec.as_mut_ptr() as usize, 0, 0, 0, 0])?;
+    let [a, b, c, d] = spec;
+    Ok(TimerSpec { interval: (a, b), value: (c, d) })
+}
+
+/// Makes a POSIX timer; `thread` is told if `notify` says so.
+pub(crate) fn timer_create(
+    clock: i32,
+    notify: i32,
+    signal: i32,
+    value: usize,
+    thread: i32,
+) -> Result<i32> {
+    // SAFETY: all-zero is a valid `sigevent`.
+    let mut event: libc::sigevent = unsafe { std::mem::zeroed() };
+    event.sigev_notify = notify;
+    event.sigev_signo = signal;
+    event.sigev_value.sival_ptr = value as *mut _;
+    event.sigev_notify_thread_id = thread;
+    let mut id = 0_i32;
+    let clock = usize::try_from(clock)?;
+    let (event, out) = (&raw const event as usize, &raw mut id as usize);
+    call(libc::SYS_timer_create, [clock, event, out, 0, 0, 0])?;
+    Ok(id)
+}
+
+/// Sets a POSIX timer.
+pub(crate) fn timer_settime(id: i32, TimerSpec { interval, value }: TimerSpec) -> Result<()> {
+    let spec = [interval.0, interval.1, value.0, value.1];
+    call(libc::SYS_timer_settime, [usize::try_from(id)?, 0, spec.as_ptr() as usize, 0, 0, 0])?;
+    Ok(())
+}
+
+/// What is left of a POSIX timer.
+pub(crate) fn timer_gettime(id: i32) -> Result<TimerSpec> {
+    let mut spec = [0; 4];
+    call(libc::SYS_timer_gettime, [usize::try_from(id)?, spec.as_mut_ptr() as usize, 0, 0, 0, 0])?;
+    let [a, b, c, d] = spec;
+    Ok(TimerSpec { interval: (a, b), value: (c, d) })
+}
+
+/// How often a POSIX timer expired beyond the last signal taken.
+pub(crate) fn timer_getoverrun(id: i32) -> Result<usize> {
+    Ok(call(libc::SYS_timer_getoverrun, [usize::try_from(id)?, 0, 0, 0, 0, 0])?)
+}
+
+/// Ends a POSIX timer.
+pub(crate) fn timer_delete(id: i32) -> Result<()> {
+    call(libc::SYS_timer_delete, [usize::try_from(id)?, 0, 0, 0, 0, 0])?;
+    Ok(())
+}
+
+/// Whether `signal` waits to be delivered.
+pub(crate) fn is_pending(signal: i32) -> Result<bool> {
+    let mut set = set_of(&[]);
+    // SAFETY: `sigpending` writes to `set`, `sigismember` reads it.
+    let member = unsafe {
+        checked(libc::sigpending(&raw mut set))?;
+        libc::sigismember(&raw const set, signal)
+    };
+    Ok(member == 1)
+}

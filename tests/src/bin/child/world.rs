@@ -104,16 +104,24 @@ pub(crate) fn wait_for_question() -> Result<()> {
         }
         return Ok(());
     }
+    while_open(|asked| {
+        // On the stack, so that no mapping comes and goes.
+        let mut block = [0; 1 << 14];
+        let mut seed = 1;
+        while !asked.load(Ordering::SeqCst) {
+            compute(&mut block, seed)?;
+            seed += 1;
+        }
+        Ok(())
+    })
+}
+
+/// Runs `body` while the question can come: it sets the flag.
+pub(crate) fn while_open<T>(body: impl FnOnce(&AtomicBool) -> Result<T>) -> Result<T> {
     let mask = question().thread_swap_mask(SigmaskHow::SIG_UNBLOCK)?;
-    // On the stack, so that no mapping comes and goes.
-    let mut block = [0; 1 << 14];
-    let mut seed = 1;
-    while !ASKED.load(Ordering::SeqCst) {
-        compute(&mut block, seed)?;
-        seed += 1;
-    }
+    let result = body(&ASKED);
     mask.thread_set_mask()?;
-    Ok(())
+    result
 }
 
 /// Fills `block` from `seed` and proves that what was computed is what is there.
