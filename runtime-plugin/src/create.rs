@@ -31,6 +31,7 @@ use nix::unistd::{Pid, geteuid, gettid};
 use oci_spec::runtime::Spec;
 
 use crate::container::{Record, Root, start_time};
+use crate::network::{self, Muted, Network};
 use crate::spec;
 
 /// A container to be made.
@@ -55,12 +56,21 @@ pub(crate) struct Creation<'a> {
     pub(crate) systemd: bool,
     /// What init becomes at start.
     pub(crate) executor: Box<dyn Executor>,
+    /// Whether its network is cut off at first.
+    pub(crate) muted: bool,
+}
+
+/// A container that was made.
+pub(crate) struct Created {
+    pub(crate) container: Container,
+    /// Its network, when it was to be cut off at first.
+    pub(crate) muted: Option<Muted>,
 }
 
 impl Creation<'_> {
     /// Makes namespaces, cgroup, mounts and init, which then waits for
     /// [`Container::start`].
-    pub(crate) fn create(self) -> Result<Container> {
+    pub(crate) fn create(self) -> Result<Created> {
         spec::check_terminal(spec::process(&self.spec)?, self.console_socket)?;
         let dir = self.root.dir(self.id)?;
         match fs::create_dir(&dir) {
@@ -70,12 +80,14 @@ impl Creation<'_> {
             }
             Err(err) => return Err(err).with_context(|| format!("cannot make {}", dir.display())),
         }
-        let remains = Remains { dir, pid_file: self.pid_file.map(Path::to_owned), cgroup: None };
+        let pid_file = self.pid_file.map(Path::to_owned);
+        let remains = Remains { dir, pid_file, cgroup: None, veth: None };
         self.create_in(remains)
     }
 
-    fn create_in(self, mut remains: Remains) -> Result<Container> {
+    fn create_in(self, mut remains: Remains) -> Result<Created> {
         let dir = remains.dir.clone();
+        let network = Network::of(&self.spec, self.id)?;
         let systemd = self.systemd || !geteuid().is_root();
         let mut container =
             Container::new(self.id, ContainerStatus::Creating, None, self.bundle, &dir)?;
@@ -138,9 +150,15 @@ impl Creation<'_> {
             .set_pid(init.as_raw())
             .save()?;
         let init_start = start_time(init).context("init of the container has ended")?;
-        Record { init_start, veth: None }.save(&container)?;
+        remains.veth = network.is_some().then(|| network::veth_name(&dir));
+        Record { init_start, veth: remains.veth.clone() }.save(&container)?;
+        let muted = match (network, &remains.veth) {
+            (Some(network), Some(veth)) => network::attach(network, veth, init, self.muted)
+                .context("cannot attach the container to its network")?,
+            _ => None,
+        };
         remains.keep();
-        Ok(container)
+        Ok(Created { container, muted })
     }
 }
 
@@ -149,6 +167,7 @@ struct Remains {
     dir: PathBuf,
     pid_file: Option<PathBuf>,
     cgroup: Option<CgroupConfig>,
+    veth: Option<String>,
 }
 
 impl Remains {
@@ -167,6 +186,11 @@ impl Drop for Remains {
             && let Err(err) = remove_cgroup(cgroup)
         {
             tracing::warn!(%err, "cannot remove the cgroup of a container that was not created");
+        }
+        if let Some(veth) = &self.veth
+            && let Err(err) = network::detach(veth)
+        {
+            tracing::warn!("{err:#}");
         }
         if let Err(err) = fs::remove_dir_all(&self.dir) {
             tracing::warn!(%err, dir = %self.dir.display(), "cannot remove the state directory");

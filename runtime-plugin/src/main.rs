@@ -11,6 +11,7 @@ mod create;
 mod foreground;
 mod log;
 mod manifest;
+mod network;
 mod program;
 mod sandbox;
 mod spec;

@@ -24,7 +24,8 @@ use rustix::process::{PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open};
 
 use crate::clocks::{Clocks, can_shift};
 use crate::commands::kill;
-use crate::create::Creation;
+use crate::create::{Created, Creation};
+use crate::network::Muted;
 
 /// A container whose init is a skeleton: dropping this deletes it.
 #[must_use = "dropping it deletes the container"]
@@ -32,12 +33,14 @@ pub(crate) struct Sandbox {
     container: Option<Container>,
     init: Pid,
     pid_file: Option<PathBuf>,
+    network: Option<Muted>,
 }
 
 impl Sandbox {
     /// Makes it; `clocks` is what the container's clocks are to show.
     ///
-    /// The executor of `creation` is replaced.
+    /// The executor of `creation` is replaced, and its network cut off until
+    /// [`Sandbox::unmute`].
     pub(crate) fn make(mut creation: Creation<'_>, clocks: Option<Clocks>) -> Result<Self> {
         widen(&mut creation.spec)?;
         if let Some(clocks) = clocks {
@@ -46,9 +49,10 @@ impl Sandbox {
         let (status, report) = pipe2(OFlag::O_CLOEXEC).context("cannot make a pipe")?;
         creation.executor = Box::new(Skeleton { report: Arc::new(File::from(report)) });
         let pid_file = creation.pid_file.map(ToOwned::to_owned);
-        let container = creation.create()?;
+        creation.muted = true;
+        let Created { container, muted } = creation.create()?;
         let init = container.pid().context("the container has no init")?;
-        let sandbox = Self { container: Some(container), init, pid_file };
+        let sandbox = Self { container: Some(container), init, pid_file, network: muted };
         sandbox.start_skeleton(status)?;
         Ok(sandbox)
     }
@@ -70,12 +74,22 @@ impl Sandbox {
         Ok([take(0)?, take(1)?, take(2)?])
     }
 
+    /// Connects the container's network, the last step before its tree runs.
+    pub(crate) fn unmute(&mut self) -> Result<()> {
+        self.network.as_mut().map_or(Ok(()), Muted::unmute)
+    }
+
     /// The container's program runs again: says so to whoever asks, and to the
     /// poststart hooks.
     ///
     /// It runs even when a hook fails.
     pub(crate) fn commit(mut self) -> Result<Container> {
         let mut container = self.container.take().context("the sandbox was given up")?;
+        if let Some(network) = self.network.take()
+            && let Err(err) = network.settle()
+        {
+            tracing::warn!("{err:#}");
+        }
         container.set_status(ContainerStatus::Running).save()?;
         let hooks = container.spec()?.hooks;
         let poststart = hooks.as_ref().and_then(|hooks| hooks.poststart().as_ref());

@@ -17,6 +17,7 @@ use crate::clocks::Clocks;
 use crate::container::Root;
 use crate::log::Afterwards;
 use crate::manifest::Manifest;
+use crate::network::Port;
 
 /// Writes the state of a running container to a directory
 #[derive(Debug, Args)]
@@ -147,6 +148,11 @@ fn dump(container: &Container, args: &Checkpoint) -> Result<DumpReport> {
     if args.pre_dump {
         return rehearse(init, &mut manifest, &args.image_path);
     }
+    // A tree that ends says so to its peers, who are to talk to its successor.
+    let blocked = match Port::of(container)? {
+        Some(port) if options.tcp == TcpPolicy::Keep => Some(port.block()?),
+        _ => None,
+    };
     let mut frozen = freeze(init, &options)?;
     manifest.clocks = Some(Clocks::of(init)?);
     let cannot_write = || format!("cannot write to {}", args.image_path.display());
@@ -155,9 +161,12 @@ fn dump(container: &Container, args: &Checkpoint) -> Result<DumpReport> {
     manifest.save(&args.image_path)?;
     sink.finish().with_context(cannot_write)?;
     if args.leave_running {
-        frozen.thaw()?
+        frozen.thaw()?;
     } else {
-        frozen.kill()?
+        frozen.kill()?;
+        if let Some(blocked) = blocked {
+            blocked.keep();
+        }
     }
     Ok(report)
 }

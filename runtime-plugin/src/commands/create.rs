@@ -8,9 +8,10 @@ use liboci_cli::{Create, Run, Start};
 use nix::sys::prctl;
 use oci_spec::runtime::Spec;
 
+use super::kill;
 use crate::cli::Cli;
 use crate::container::Root;
-use crate::create::Creation;
+use crate::create::{Created, Creation};
 use crate::log::Afterwards;
 use crate::program::Program;
 use crate::{foreground, spec};
@@ -29,6 +30,7 @@ pub(crate) fn create(root: &Root, cli: &Cli, args: &Create) -> Result<u8> {
             no_pivot: args.no_pivot,
             systemd: cli.global.systemd_cgroup,
             executor: Box::new(Program),
+            muted: false,
         }
         .create()
     });
@@ -62,15 +64,16 @@ pub(crate) fn run(root: &Root, cli: &Cli, args: &Run) -> Result<u8> {
             no_pivot: args.no_pivot,
             systemd: cli.global.systemd_cgroup,
             executor: Box::new(Program),
+            muted: false,
         }
         .create()
     });
-    let mut container = made
+    let Created { mut container, .. } = made
         .with_context(|| format!("cannot create {}", args.container_id))
         .afterwards(|| "nothing was created".into())?;
     let init = container.pid().context("the container has no init")?;
     if let Err(err) = start_program(&mut container) {
-        container.delete(true).context("cannot delete the container that did not start")?;
+        kill::remove(container, true)?;
         return Err(err);
     }
     if args.detach {
@@ -78,7 +81,7 @@ pub(crate) fn run(root: &Root, cli: &Cli, args: &Run) -> Result<u8> {
     }
     let code = foreground::wait(init);
     if !args.keep {
-        root.load(&args.container_id)?.delete(true).context("cannot delete the ended container")?;
+        kill::remove(root.load(&args.container_id)?, true)?;
     }
     code
 }

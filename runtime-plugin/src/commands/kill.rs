@@ -6,7 +6,8 @@ use libcontainer::signal::Signal;
 use liboci_cli::{Delete, Kill};
 use nix::sys::signal;
 
-use crate::container::Root;
+use crate::container::{Record, Root};
+use crate::network;
 
 /// Sends a signal to init or to every process of a container.
 pub(crate) fn kill(root: &Root, args: &Kill) -> Result<u8> {
@@ -42,7 +43,9 @@ pub(crate) fn delete(root: &Root, args: &Delete) -> Result<u8> {
 /// Removes a loaded container; one that runs only by `force`.
 pub(crate) fn remove(mut container: Container, force: bool) -> Result<()> {
     let id = container.id().to_owned();
-    container.delete(force).with_context(|| format!("cannot delete {id}"))
+    let veth = Record::load(&container)?.and_then(|record| record.veth);
+    container.delete(force).with_context(|| format!("cannot delete {id}"))?;
+    veth.map_or(Ok(()), |veth| network::detach(&veth))
 }
 
 /// Signal 0: only asks whether init is there.

@@ -148,6 +148,7 @@ fn build(root: &Root, cli: &Cli, args: &Restore) -> Result<(Container, RestoreRe
         no_pivot: args.no_pivot,
         systemd: cli.global.systemd_cgroup,
         executor: Box::new(Program),
+        muted: true,
     };
     fill(creation, manifest.clocks, &mut source)
 }
@@ -158,10 +159,11 @@ fn fill(
     clocks: Option<Clocks>,
     source: &mut dyn ImageSource,
 ) -> Result<(Container, RestoreReport)> {
-    let sandbox = Sandbox::make(creation, clocks).context("cannot make the sandbox")?;
+    let mut sandbox = Sandbox::make(creation, clocks).context("cannot make the sandbox")?;
     let place = dunlin_checkpoint::Sandbox { init: sandbox.init(), stdio: sandbox.stdio()? };
     let nascent = dunlin_checkpoint::restore(place, source)?;
     let report = nascent.report().clone();
+    sandbox.unmute()?;
     nascent.thaw()?;
     Ok((sandbox.commit()?, report))
 }

@@ -7,3 +7,4 @@
 mod bundle;
 mod checkpoint;
 mod lifecycle;
+mod network;
