@@ -1,9 +1,29 @@
 //! Source side: freeze a tree, dump it, let it go or end it.
 
+use std::{collections::BTreeMap, io, time::Instant};
+
 use nix::unistd::Pid;
 use serde::{Deserialize, Serialize};
 
-use crate::{DumpError, Options, Verdict, image::ImageSink};
+use crate::{
+    DumpError, Options, Verdict,
+    freeze::{self, FrozenTree, Process},
+    host,
+    image::{self, Head, ImageSink, Kind},
+    inspect::{adopt_session, node, require},
+    proc::{self, Stat, Status},
+    resource::{
+        fs, limits,
+        memory::{self, Layout},
+        mm, shared,
+        shared::Objects,
+        signals,
+        signals::Queue,
+        threads, timers,
+    },
+    stub::{Batch, Remote, SignalUse, Tracee},
+    sys::ptrace,
+};
 
 /// What a dump did. Times in microseconds.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -25,42 +45,223 @@ pub struct DumpReport {
 /// Judges the tree below `root` (its pid in the caller's pid namespace)
 /// without disturbing it.
 pub fn inspect(root: Pid, options: &Options) -> Result<Verdict, DumpError> {
-    let _ = options;
-    Err(DumpError::NoProcess(root))
+    crate::inspect::inspect(root, options)
 }
 
 /// Refuses what cannot move, then stops every thread of the tree.
 pub fn freeze(root: Pid, options: &Options) -> Result<Frozen, DumpError> {
-    let _ = options;
-    Err(DumpError::NoProcess(root))
+    require(root, options)?;
+    let started = Instant::now();
+    let tree = freeze::freeze(root)?;
+    Ok(Frozen { tree, options: options.clone(), freeze_us: micros(started) })
+}
+
+fn micros(since: Instant) -> u64 {
+    u64::try_from(since.elapsed().as_micros()).unwrap_or(u64::MAX)
 }
 
 /// A stopped tree that is still ours: dropping this thaws it.
 #[must_use = "dropping it thaws the tree"]
 pub struct Frozen {
-    _root: Pid,
+    tree: FrozenTree,
+    options: Options,
+    freeze_us: u64,
 }
 
 impl Frozen {
     /// Writes the whole image.
     pub fn dump(&mut self, sink: &mut dyn ImageSink) -> Result<DumpReport, DumpError> {
-        let _ = sink;
-        Err(DumpError::NoProcess(self._root))
+        let started = Instant::now();
+        let mut report = DumpReport { freeze_us: self.freeze_us, ..DumpReport::default() };
+        report.processes = self.tree.processes.len() as u64;
+        report.threads = self.tree.processes.iter().map(|p| p.threads.len() as u64).sum();
+        let mut ids = BTreeMap::new();
+        for process in &mut self.tree.processes {
+            let pid = process.pid;
+            ids.insert(pid.as_raw(), process.status.tgid());
+            for thread in &process.threads {
+                let status = Status::of(thread.tid).map_err(|_| DumpError::Vanished(pid))?;
+                ids.insert(thread.tid.as_raw(), status.tid());
+            }
+            if !process.is_zombie() {
+                process.vmas = proc::vmas(pid).map_err(failed("read the memory map", pid))?;
+            }
+        }
+        let mut images = Vec::new();
+        for process in self.tree.processes.iter_mut().filter(|p| !p.is_zombie()) {
+            images.push(dump_process(process, &ids)?);
+        }
+        let head = self.head(&images)?;
+        report.bytes += image::put(sink, Kind::Head, &head).map_err(DumpError::Sink)?;
+        let (layouts, objects) = self.layouts()?;
+        let sent = objects.dump(sink).map_err(DumpError::Sink)?;
+        report.pages += sent.pages;
+        report.bytes += sent.bytes;
+        for (host, layout) in &layouts {
+            report.bytes += image::put(sink, Kind::Layout, layout).map_err(DumpError::Sink)?;
+            let sent = memory::dump_pages(*host, layout, sink).map_err(DumpError::Sink)?;
+            report.pages += sent.pages;
+            report.bytes += sent.bytes;
+        }
+        let living = self.tree.processes.iter().filter(|p| !p.is_zombie());
+        for (process, image) in living.zip(&mut images) {
+            // Last of all: signals arrive at a stopped process too.
+            queues(process, image).map_err(failed("read queued signals", process.pid))?;
+            report.bytes += image::put(sink, Kind::Process, image).map_err(DumpError::Sink)?;
+        }
+        sink.put(Kind::End as u16, &[]).map_err(DumpError::Sink)?;
+        report.dump_us = micros(started);
+        Ok(report)
+    }
+
+    fn head(&self, images: &[image::Process]) -> Result<Head, DumpError> {
+        let root = &self.tree.processes[0];
+        let xstate = ptrace::xstate(root.pid).map_err(failed("read the registers", root.pid))?;
+        let mut nodes = Vec::with_capacity(self.tree.processes.len());
+        for process in &self.tree.processes {
+            let stat = Stat::of(process.pid).map_err(|_| DumpError::Vanished(process.pid))?;
+            let mut node = node(process.pid == root.pid, &process.status, &stat);
+            let image = images.iter().find(|i| i.pid == node.pid);
+            node.subreaper = image.is_some_and(|i| i.mm.is_subreaper());
+            nodes.push(node);
+        }
+        if self.options.shell_job {
+            adopt_session(&mut nodes);
+        }
+        Ok(Head {
+            version: image::VERSION,
+            arch: std::env::consts::ARCH.to_owned(),
+            xstate_len: u32::try_from(xstate.len()).expect("at most 16 KiB"),
+            vdso: host::vdso_checksum().map_err(failed("read the vDSO", Pid::this()))?,
+            nodes,
+        })
+    }
+
+    /// The mappings of every process, and the objects that are mapped.
+    fn layouts(&self) -> Result<(Vec<(Pid, Layout)>, Objects), DumpError> {
+        let mut objects = Objects::default();
+        let mut layouts = Vec::new();
+        for process in self.tree.processes.iter().filter(|p| !p.is_zombie()) {
+            let pid = process.pid;
+            let layout = memory::layout(
+                process.status.tgid(),
+                &process.vmas,
+                |vma| objects.identify(pid, vma),
+                |vma| shared::file_size(pid, vma),
+            );
+            layouts.push((pid, layout.map_err(failed("take down the memory map", pid))?));
+        }
+        Ok((layouts, objects))
     }
 
     /// Lets the tree run on and says when that failed.
-    pub fn thaw(self) -> Result<(), DumpError> {
-        Ok(())
+    pub fn thaw(mut self) -> Result<(), DumpError> {
+        self.tree.thaw()
     }
 
     /// Ends every process of the tree without one more instruction of theirs.
-    pub fn kill(self) -> Result<(), DumpError> {
-        Ok(())
+    pub fn kill(mut self) -> Result<(), DumpError> {
+        self.tree.kill()
     }
 
     /// Detaches but leaves every process stopped (SIGSTOP): the caller does
     /// not know whether the destination runs it, so nobody may run it here.
-    pub fn park(self) -> Result<(), DumpError> {
-        Ok(())
+    pub fn park(mut self) -> Result<(), DumpError> {
+        self.tree.park()
     }
+}
+
+fn failed(what: &'static str, pid: Pid) -> impl Fn(io::Error) -> DumpError {
+    move |source| DumpError::Process { what, pid, source }
+}
+
+/// Reads the signals queued for a process and each of its threads.
+fn queues(process: &Process, image: &mut image::Process) -> io::Result<()> {
+    for (thread, image) in process.threads.iter().zip(&mut image.threads) {
+        image.queue = Queue::dump(thread, false)?;
+    }
+    image.queue = Queue::dump(&process.threads[0], true)?;
+    Ok(())
+}
+
+/// Dumps one process, its threads one after the other.
+fn dump_process(
+    process: &mut Process,
+    ids: &BTreeMap<i32, i32>,
+) -> Result<image::Process, DumpError> {
+    let pid = process.pid;
+    let stat = Stat::of(pid).map_err(|_| DumpError::Vanished(pid))?;
+    let tgid = process.status.tgid();
+    let mut statuses = Vec::with_capacity(process.threads.len());
+    for thread in &process.threads {
+        statuses.push(Status::of(thread.tid).map_err(|_| DumpError::Vanished(pid))?);
+    }
+    let signals = signal_use(&statuses);
+    let (leader, others) = process.threads.split_first_mut().ok_or(DumpError::Vanished(pid))?;
+    judge_thread(leader).map_err(failed("move a thread", pid))?;
+    let xstate = ptrace::xstate(pid).map_err(failed("read the registers", pid))?;
+    let remote = Remote::install(leader, (tgid, tgid), &process.vmas, &signals)
+        .map_err(failed("bring in the stub", pid))?;
+    let remote = process.remote.insert(remote);
+
+    let mut batch = Batch::new();
+    let actions = signals::ask(&mut batch);
+    let asked_mm = mm::ask(&mut batch);
+    let asked_timers = timers::ask(pid, |tid| ids.get(&tid).copied(), &mut batch)
+        .map_err(failed("read the timers", pid))?;
+    let asked_leader = threads::ask(&mut batch);
+    let results = remote.run(leader, &batch).map_err(failed("ask for its state", pid))?;
+    let mut images = Vec::with_capacity(statuses.len());
+    let image = threads::answer(&asked_leader, &results, leader, &statuses[0], xstate);
+    images.push(image.map_err(failed("read a thread", pid))?);
+    let timers = timers::answer(asked_timers, &results);
+    for (thread, status) in others.iter_mut().zip(&statuses[1..]) {
+        images.push(dump_thread(remote, thread, status).map_err(failed("read a thread", pid))?);
+    }
+    Ok(image::Process {
+        pid: tgid,
+        mm: mm::answer(&asked_mm, &results, pid, &stat)
+            .map_err(failed("read the exe link", pid))?,
+        fs: fs::dump(pid, process.status.umask).map_err(failed("read the directories", pid))?,
+        actions: signals::answer(&actions, &results),
+        queue: Queue::default(),
+        timers,
+        limits: limits::Process::dump(pid).map_err(failed("read resource limits", pid))?,
+        stopped: leader.job_stopped,
+        threads: images,
+    })
+}
+
+/// Asks a thread through its process's stub and sends it home at once.
+fn dump_thread(
+    remote: &Remote,
+    thread: &mut Tracee,
+    status: &Status,
+) -> io::Result<threads::Image> {
+    judge_thread(thread)?;
+    let xstate = ptrace::xstate(thread.tid)?;
+    let lent = remote.lend(thread, status.tid())?;
+    let mut batch = Batch::new();
+    let asked = threads::ask(&mut batch);
+    let results = lent.run(thread, &batch);
+    thread.go_home()?;
+    threads::answer(&asked, &results?, thread, status, xstate)
+}
+
+/// Refuses what only a tracer can see.
+fn judge_thread(thread: &Tracee) -> io::Result<()> {
+    // Kernels before 6.4 cannot tell whether it is in use.
+    if ptrace::has_user_dispatch(thread.tid).unwrap_or(false) {
+        return Err(io::Error::other("it uses syscall user dispatch, which cannot be moved"));
+    }
+    Ok(())
+}
+
+fn signal_use(threads: &[Status]) -> SignalUse {
+    threads.iter().fold(SignalUse::default(), |all, s| SignalUse {
+        caught: all.caught | s.caught,
+        ignored: all.ignored | s.ignored,
+        blocked: all.blocked | s.blocked,
+        pending: all.pending | s.pending | s.shared_pending,
+    })
 }

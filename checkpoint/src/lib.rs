@@ -10,8 +10,16 @@ pub mod options;
 pub mod verdict;
 
 mod dump;
+mod freeze;
+mod host;
+mod inspect;
+mod proc;
+mod resource;
 mod restore;
 pub mod skeleton;
+mod stub;
+mod sys;
+mod transfer;
 
 pub use dump::{DumpReport, Frozen, freeze, inspect};
 pub use error::{DumpError, RestoreError};

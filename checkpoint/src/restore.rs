@@ -1,11 +1,18 @@
 //! Destination side: build a tree from an image, release it or drop it.
 
+mod builder;
+mod task;
+
 use std::os::fd::OwnedFd;
 
 use nix::unistd::Pid;
 use serde::{Deserialize, Serialize};
 
-use crate::{RestoreError, image::ImageSource};
+use crate::{
+    RestoreError,
+    image::{ImageSource, Kind},
+};
+use builder::{Builder, Built};
 
 /// Where a tree is to be built.
 pub struct Sandbox {
@@ -35,14 +42,33 @@ pub struct RestoreReport {
 
 /// Builds the tree of an image inside `sandbox`; nothing of it runs yet.
 pub fn restore(sandbox: Sandbox, source: &mut dyn ImageSource) -> Result<Nascent, RestoreError> {
-    let _ = (sandbox, source);
-    Err(RestoreError::Image("not built".into()))
+    let mut builder = Builder::seize(sandbox)?;
+    let started = std::time::Instant::now();
+    let mut body = Vec::new();
+    let mut report = RestoreReport::default();
+    loop {
+        let raw = source.next(&mut body).map_err(RestoreError::Source)?;
+        let raw = raw.ok_or_else(|| RestoreError::Image("it ends before its end".into()))?;
+        let kind = Kind::of(raw)
+            .ok_or_else(|| RestoreError::Image(format!("record of unknown kind {raw}")))?;
+        report.bytes += body.len() as u64;
+        if kind == Kind::End {
+            break;
+        }
+        report.pages += builder.record(kind, &body)?;
+    }
+    let built = builder.finish()?;
+    report.processes = built.processes();
+    report.threads = built.threads();
+    report.restore_us = u64::try_from(started.elapsed().as_micros()).unwrap_or(u64::MAX);
+    Ok(Nascent { report, built })
 }
 
 /// A complete tree that has not run yet: dropping this kills it.
 #[must_use = "dropping it kills the tree"]
 pub struct Nascent {
     report: RestoreReport,
+    built: Built,
 }
 
 impl Nascent {
@@ -54,6 +80,6 @@ impl Nascent {
 
     /// Arms timers and lets every thread run.
     pub fn thaw(self) -> Result<(), RestoreError> {
-        Ok(())
+        self.built.thaw()
     }
 }

@@ -1,0 +1,276 @@
+//! Stopping a whole tree, and letting it go.
+
+use std::{collections::BTreeMap, fs, io, time::Duration};
+
+use nix::unistd::Pid;
+
+use crate::{
+    DumpError,
+    proc::{self, Status, Vma},
+    stub::{Remote, Tracee},
+    sys::ptrace::{self, Seize},
+};
+
+/// One frozen process.
+pub(crate) struct Process {
+    /// Its pid as we see it.
+    pub(crate) pid: Pid,
+    pub(crate) status: Status,
+    /// Its threads, leader first; none for a zombie.
+    pub(crate) threads: Vec<Tracee>,
+    pub(crate) remote: Option<Remote>,
+    pub(crate) vmas: Vec<Vma>,
+}
+
+impl Process {
+    pub(crate) fn is_zombie(&self) -> bool {
+        self.threads.is_empty()
+    }
+}
+
+/// A stopped tree, root first. Dropping it thaws it.
+pub(crate) struct FrozenTree {
+    pub(crate) processes: Vec<Process>,
+}
+
+/// How often a tree that is in the middle of a `vfork` is let go to finish it.
+const VFORK_PATIENCE: u32 = 200;
+
+/// Stops every thread of the tree below `root`.
+pub(crate) fn freeze(root: Pid) -> Result<FrozenTree, DumpError> {
+    for _ in 0..VFORK_PATIENCE {
+        match try_freeze(root)? {
+            Attempt::Frozen(tree) => return Ok(tree),
+            // The parent cannot stop before its child has called exec, and the
+            // child, once stopped, never does: let both go and come back.
+            Attempt::InVfork => std::thread::sleep(Duration::from_millis(1)),
+        }
+    }
+    let source = io::Error::other("it waits for the child of a vfork that does not call exec");
+    Err(DumpError::Process { what: "stop all threads", pid: root, source })
+}
+
+enum Attempt {
+    Frozen(FrozenTree),
+    InVfork,
+}
+
+/// Seized threads by process; dropped, they are let go.
+#[derive(Default)]
+struct Seized {
+    order: Vec<Pid>,
+    threads: BTreeMap<Pid, Vec<(Pid, Option<Tracee>)>>,
+}
+
+impl Drop for Seized {
+    fn drop(&mut self) {
+        for (tid, tracee) in self.threads.values_mut().flatten() {
+            let released = match tracee {
+                Some(tracee) => tracee.release(),
+                // Asked to stop but not waited for: detaching needs the stop.
+                None => Tracee::settle(*tid).and_then(|t| t.map_or(Ok(()), |t| t.release())),
+            };
+            if let Err(err) = released {
+                tracing::debug!(%tid, %err, "thread gone before it was released");
+            }
+        }
+    }
+}
+
+fn try_freeze(root: Pid) -> Result<Attempt, DumpError> {
+    let mut seized = Seized::default();
+    // A pass that finds nothing new proves that nobody was left to fork.
+    loop {
+        let processes = proc::processes_below(root).map_err(|_| DumpError::NoProcess(root))?;
+        let mut new = Vec::new();
+        for pid in processes {
+            if !seized.threads.contains_key(&pid) {
+                seized.order.push(pid);
+                seized.threads.insert(pid, Vec::new());
+            }
+            for tid in proc::threads(pid).unwrap_or_default() {
+                let known = &seized.threads[&pid];
+                if known.iter().all(|(t, _)| *t != tid) && request_stop(tid)? {
+                    seized.threads.get_mut(&pid).expect("inserted above").push((tid, None));
+                    new.push((pid, tid));
+                }
+            }
+        }
+        if new.is_empty() {
+            break;
+        }
+        for (pid, tid) in new {
+            let stopped = match wait_unless_vfork(tid) {
+                Ok(Some(stopped)) => stopped,
+                Ok(None) => {
+                    release_vfork(&mut seized);
+                    return Ok(Attempt::InVfork);
+                }
+                Err(source) => {
+                    return Err(DumpError::Process { what: "stop a thread", pid: tid, source });
+                }
+            };
+            let threads = seized.threads.get_mut(&pid).expect("inserted above");
+            match stopped {
+                Settled::Stopped(tracee) => {
+                    let slot = threads.iter_mut().find(|(t, _)| *t == tid).expect("pushed above");
+                    slot.1 = Some(*tracee);
+                }
+                Settled::Gone => threads.retain(|(t, _)| *t != tid),
+            }
+        }
+    }
+    collect(seized).map(Attempt::Frozen)
+}
+
+enum Settled {
+    Stopped(Box<Tracee>),
+    Gone,
+}
+
+/// Waits for the stop of `tid`, unless it is the parent in a `vfork`.
+fn wait_unless_vfork(tid: Pid) -> io::Result<Option<Settled>> {
+    let mut spins = 0_u32;
+    while !ptrace::has_status(tid)? {
+        spins += 1;
+        if spins.is_multiple_of(64) && is_in_vfork(tid) {
+            return Ok(None);
+        }
+        nix::sched::sched_yield()?;
+    }
+    Ok(Some(match Tracee::settle(tid)? {
+        Some(tracee) => Settled::Stopped(Box::new(tracee)),
+        None => Settled::Gone,
+    }))
+}
+
+/// In a `vfork` the kernel holds the parent in an uninterruptible clone.
+fn is_in_vfork(tid: Pid) -> bool {
+    let stat = fs::read_to_string(format!("/proc/{tid}/stat")).unwrap_or_default();
+    let state = stat.rsplit_once(") ").and_then(|(_, rest)| rest.chars().next());
+    let call = fs::read_to_string(format!("/proc/{tid}/syscall")).unwrap_or_default();
+    let nr = call.split_whitespace().next().and_then(|w| w.parse::<i64>().ok());
+    state == Some('D') && matches!(nr, Some(libc::SYS_vfork | libc::SYS_clone | libc::SYS_clone3))
+}
+
+/// Lets the children of `vfork`s go first, or their parents never stop.
+fn release_vfork(seized: &mut Seized) {
+    for pid in seized.order.iter().rev() {
+        for (tid, tracee) in seized.threads.get_mut(pid).into_iter().flatten() {
+            if let Some(tracee) = tracee.take()
+                && let Err(err) = tracee.release()
+            {
+                tracing::debug!(%tid, %err, "thread gone before it was released");
+            }
+        }
+    }
+}
+
+/// Seizes a thread and asks it to stop; `false` when it has none to stop.
+fn request_stop(tid: Pid) -> Result<bool, DumpError> {
+    let Ok(status) = Status::of(tid) else { return Ok(false) };
+    if matches!(status.state, 'Z' | 'X') {
+        return Ok(false);
+    }
+    let suspend_seccomp = status.seccomp != 0;
+    match Tracee::request_stop(tid, Seize::Source { suspend_seccomp }) {
+        Ok(()) => Ok(true),
+        Err(err) if err.raw_os_error() == Some(libc::ESRCH) => Ok(false),
+        // It may have ended since its status was read.
+        Err(_) if Status::of(tid).map_or(true, |s| matches!(s.state, 'Z' | 'X')) => Ok(false),
+        Err(source) => Err(DumpError::Process { what: "trace a thread", pid: tid, source }),
+    }
+}
+
+/// Turns the seized threads into processes.
+fn collect(mut seized: Seized) -> Result<FrozenTree, DumpError> {
+    let mut tree = FrozenTree { processes: Vec::new() };
+    for pid in std::mem::take(&mut seized.order) {
+        let threads = seized.threads.remove(&pid).unwrap_or_default();
+        let mut threads: Vec<Tracee> = threads.into_iter().filter_map(|(_, t)| t).collect();
+        threads.sort_by_key(|t| t.tid != pid);
+        for thread in &mut threads {
+            thread.mend_interrupted();
+        }
+        // From here on the tree's own drop thaws them.
+        let status = Status::of(pid);
+        tree.processes.push(Process {
+            pid,
+            status: status.as_ref().cloned().unwrap_or_default(),
+            threads,
+            remote: None,
+            vmas: Vec::new(),
+        });
+        status.map_err(|_| DumpError::Vanished(pid))?;
+    }
+    if tree.processes.first().is_none_or(Process::is_zombie) {
+        return Err(DumpError::NoProcess(tree.processes.first().map_or(Pid::this(), |p| p.pid)));
+    }
+    Ok(tree)
+}
+
+impl FrozenTree {
+    /// Lets everything run on, root last: it may be what watches the others.
+    pub(crate) fn thaw(&mut self) -> Result<(), DumpError> {
+        let mut first = Ok(());
+        for process in std::mem::take(&mut self.processes).into_iter().rev() {
+            if let Err(err) = release(process) {
+                first = first.and(Err(err));
+            }
+        }
+        first
+    }
+
+    /// Lets go of every process but leaves it stopped.
+    pub(crate) fn park(&mut self) -> Result<(), DumpError> {
+        for process in self.processes.iter().filter(|p| !p.is_zombie()) {
+            // Takes effect when the thread is let go, before its next
+            // instruction.
+            nix::sys::signal::kill(process.pid, nix::sys::signal::SIGSTOP).map_err(|err| {
+                let (what, pid) = ("stop the process", process.pid);
+                DumpError::Process { what, pid, source: err.into() }
+            })?;
+        }
+        self.thaw()
+    }
+
+    /// Ends every process without one more instruction of its own.
+    pub(crate) fn kill(&mut self) -> Result<(), DumpError> {
+        let processes = std::mem::take(&mut self.processes);
+        for process in processes.iter().filter(|p| !p.is_zombie()) {
+            match nix::sys::signal::kill(process.pid, nix::sys::signal::SIGKILL) {
+                Ok(()) | Err(nix::Error::ESRCH) => {}
+                Err(err) => {
+                    let (what, pid) = ("end the process", process.pid);
+                    return Err(DumpError::Process { what, pid, source: err.into() });
+                }
+            }
+        }
+        // A parent learns of the end only when the tracer has seen it, and a pid
+        // namespace's init ends only after all others: threads before leaders,
+        // children before parents.
+        for process in processes.iter().rev() {
+            for thread in process.threads.iter().rev() {
+                while !matches!(ptrace::wait(thread.tid), Ok(ptrace::Stop::Gone) | Err(_)) {}
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Drop for FrozenTree {
+    fn drop(&mut self) {
+        if let Err(err) = self.thaw() {
+            tracing::error!(%err, "could not thaw a process");
+        }
+    }
+}
+
+fn release(process: Process) -> Result<(), DumpError> {
+    let Process { pid, threads, remote, .. } = process;
+    let failed = |source| DumpError::Process { what: "thaw a thread", pid, source };
+    if let (Some(remote), Some(leader)) = (remote, threads.first()) {
+        remote.remove(leader).map_err(failed)?;
+    }
+    threads.iter().try_for_each(Tracee::release).map_err(failed)
+}

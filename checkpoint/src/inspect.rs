@@ -1,0 +1,164 @@
+//! The verdict: what of a running tree cannot move, found without stopping it.
+
+use std::{
+    fs::{self, File},
+    io::Read,
+    path::PathBuf,
+};
+
+use nix::unistd::Pid;
+
+use crate::{
+    DumpError, Finding, Judgement, Options, Verdict,
+    proc::{self, Stat, Status},
+    resource::{memory, tree},
+    skeleton,
+};
+
+/// Judges the tree below `root`.
+pub(crate) fn inspect(root: Pid, options: &Options) -> Result<Verdict, DumpError> {
+    let mut verdict = Verdict::default();
+    let processes = proc::processes_below(root).map_err(|_| DumpError::NoProcess(root))?;
+    let home = Home::of(root).ok_or(DumpError::NoProcess(root))?;
+    let mut nodes = Vec::new();
+    for &pid in &processes {
+        // What has ended meanwhile has nothing to refuse.
+        let (Ok(status), Ok(stat)) = (Status::of(pid), Stat::of(pid)) else { continue };
+        nodes.push(node(pid == root, &status, &stat));
+        if status.state != 'Z' {
+            judge_process(pid, &status, &stat, &home, &mut verdict);
+        }
+    }
+    if options.shell_job && nodes.first().is_some_and(|n| n.sid != n.pid) {
+        adopt_session(&mut nodes);
+    }
+    let root_sid = nodes.first().map_or(0, |n| if n.sid == n.pid { n.pid } else { n.sid });
+    if let Err(reason) = tree::plan(&nodes, root_sid) {
+        verdict.refuse(format!("the process tree of {root}"), reason, "");
+    }
+    Ok(verdict)
+}
+
+/// Refuses a tree with something in it that cannot move.
+pub(crate) fn require(root: Pid, options: &Options) -> Result<(), DumpError> {
+    let verdict = inspect(root, options)?;
+    match verdict.findings.into_iter().find(|f| f.judgement == Judgement::Refused) {
+        Some(finding) => Err(DumpError::Refused(Box::new(finding))),
+        None => Ok(()),
+    }
+}
+
+/// A process as the planner of the tree sees it.
+pub(crate) fn node(is_root: bool, status: &Status, stat: &Stat) -> tree::Node {
+    let parent = || Status::of(Pid::from_raw(stat.ppid)).map_or(0, |s| s.tgid());
+    tree::Node {
+        pid: status.tgid(),
+        ppid: if is_root { 0 } else { parent() },
+        pgid: status.pgid(),
+        sid: status.sid(),
+        exit_signal: stat.exit_signal,
+        subreaper: false,
+        zombie: (status.state == 'Z').then_some(stat.exit_code),
+    }
+}
+
+/// A job of a shell keeps the session that the destination gives it.
+pub(crate) fn adopt_session(nodes: &mut [tree::Node]) {
+    let Some(outside) = nodes.first().map(|n| n.sid) else { return };
+    for node in nodes {
+        if node.sid == outside {
+            node.sid = 0;
+        }
+        if node.pgid == outside {
+            node.pgid = 0;
+        }
+    }
+}
+
+impl Verdict {
+    fn refuse(&mut self, object: String, reason: impl Into<String>, remedy: &str) {
+        self.findings.push(Finding {
+            object,
+            judgement: Judgement::Refused,
+            reason: reason.into(),
+            remedy: remedy.to_owned(),
+        });
+    }
+}
+
+/// The root's namespaces: all of the tree has to be in them.
+struct Home {
+    namespaces: Vec<(&'static str, PathBuf)>,
+    depth: usize,
+}
+
+/// Namespaces that are created for the whole container.
+const NAMESPACES: [&str; 6] = ["mnt", "net", "uts", "ipc", "user", "pid"];
+
+impl Home {
+    fn of(root: Pid) -> Option<Self> {
+        let link = |name| Some((name, namespace(root, name)?));
+        let namespaces = NAMESPACES.into_iter().map(link).collect::<Option<_>>()?;
+        Some(Self { namespaces, depth: Status::of(root).ok()?.ns_pid.len() })
+    }
+}
+
+fn namespace(pid: Pid, name: &str) -> Option<PathBuf> {
+    fs::read_link(format!("/proc/{pid}/ns/{name}")).ok()
+}
+
+fn judge_process(pid: Pid, status: &Status, stat: &Stat, home: &Home, verdict: &mut Verdict) {
+    let me = format!("pid {pid} ({})", String::from_utf8_lossy(&stat.comm));
+    let mut refuse = |reason: &str, remedy: &str| verdict.refuse(me.clone(), reason, remedy);
+    if status.tracer != 0 {
+        let reason = format!("is traced by pid {}", status.tracer);
+        refuse(&reason, "end the debugger or tracer first");
+    }
+    if status.shadow_stack {
+        refuse("uses a shadow stack", "start it with GLIBC_TUNABLES=glibc.cpu.x86_shstk=off");
+    }
+    if status.ns_pid.len() != home.depth {
+        refuse("is in a nested pid namespace", "");
+    }
+    for (name, wanted) in home.namespaces.iter().filter(|(name, _)| *name != "pid") {
+        if namespace(pid, name).is_some_and(|own| own != *wanted) {
+            refuse(&format!("is in another {name} namespace than the root of the tree"), "");
+        }
+    }
+    if is_32_bit(pid) {
+        refuse("is a 32-bit program", "run a 64-bit build of it");
+    }
+    if fs::read_link(format!("/proc/{pid}/exe"))
+        .is_ok_and(|exe| exe.as_os_str().as_encoded_bytes().ends_with(b" (deleted)"))
+    {
+        refuse("runs a program whose file was deleted", "restart it");
+    }
+    let mut threads = proc::threads(pid).unwrap_or_default();
+    threads.retain(|&tid| tid != pid);
+    for tid in threads {
+        if Status::of(Pid::from_raw(tid.as_raw())).is_ok_and(|s| s.tracer != 0) {
+            refuse(&format!("has a traced thread {tid}"), "end the debugger or tracer first");
+        }
+    }
+    let Ok(vmas) = proc::vmas(pid) else { return };
+    for vma in &vmas {
+        if let Some(reason) = memory::unmovable(vma) {
+            let object = format!("mapping {:#x} of {me}", vma.start);
+            verdict.refuse(object, reason, "");
+        }
+    }
+    if vmas.first().is_some_and(|v| v.start < skeleton::END) {
+        let reason = format!("maps memory below {:#x}, where the stub goes", skeleton::END);
+        verdict.refuse(me.clone(), reason, "");
+    }
+    if memory::KernelPages::of(&vmas).is_none() && !vmas.is_empty() {
+        verdict.refuse(me, "has no vDSO", "boot the kernel with vdso=1");
+    }
+}
+
+/// The class byte of the program's ELF header.
+fn is_32_bit(pid: Pid) -> bool {
+    let mut head = [0; 5];
+    File::open(format!("/proc/{pid}/exe")).and_then(|mut f| f.read_exact(&mut head)).is_ok()
+        && head == *b"\x7fELF\x01"
+}

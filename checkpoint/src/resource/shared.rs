@@ -1,0 +1,217 @@
+//! Memory objects without a name in the file system that processes share:
+//! anonymous shared memory and memfds (`memfd_create(2)`). Each travels once,
+//! whoever maps it.
+
+use std::{
+    collections::BTreeMap,
+    ffi::CString,
+    fs::{self, File},
+    io::{self, IoSlice},
+    os::{
+        fd::{AsFd, BorrowedFd},
+        unix::fs::{FileExt, MetadataExt},
+    },
+};
+
+use nix::{
+    sys::memfd::{MemFdCreateFlag, memfd_create},
+    unistd::{Pid, Whence, lseek},
+};
+use serde::{Deserialize, Serialize};
+
+use super::memory::{Sent, encode_runs};
+use crate::{
+    image::{ImageSink, Kind},
+    proc::{Vma, VmaKind},
+    sys,
+};
+
+/// A memory object: its inode on the source.
+pub(crate) type ObjectId = u64;
+
+/// What an object is.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+enum ObjectKind {
+    /// `MAP_SHARED | MAP_ANONYMOUS`.
+    Anonymous,
+    Memfd {
+        name: Vec<u8>,
+        seals: i32,
+    },
+}
+
+/// One object.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Object {
+    pub(crate) id: ObjectId,
+    kind: ObjectKind,
+    size: u64,
+}
+
+/// How a deleted file that is mapped is dealt with.
+pub(crate) enum Nature {
+    /// As an object of the image.
+    Object,
+    /// Not at all: what it is.
+    Unmovable(&'static str),
+    /// It is an ordinary file.
+    File,
+}
+
+/// What the file behind `vma` is.
+pub(crate) fn nature(vma: &Vma) -> Nature {
+    match &vma.kind {
+        VmaKind::File { path, .. } if path.starts_with(b"/memfd:") => Nature::Object,
+        VmaKind::File { path, deleted: true, .. } if path == b"/dev/zero" => Nature::Object,
+        VmaKind::File { path, deleted: true, .. } if path.starts_with(b"/SYSV") => {
+            Nature::Unmovable("is System V shared memory")
+        }
+        VmaKind::File { path, .. } if path.starts_with(b"/[aio]") => {
+            Nature::Unmovable("is the ring of an AIO context")
+        }
+        VmaKind::File { path, .. } if path.starts_with(b"anon_inode:") => {
+            Nature::Unmovable("is the memory of a kernel object")
+        }
+        VmaKind::File { deleted: true, .. } => Nature::Unmovable("shows a deleted file"),
+        _ => Nature::File,
+    }
+}
+
+/// The objects met during a dump, each with a file to read it by.
+#[derive(Default)]
+pub(crate) struct Objects {
+    found: BTreeMap<ObjectId, (Object, File)>,
+}
+
+impl Objects {
+    /// The object behind `vma` of `pid`, if it is one.
+    pub(crate) fn identify(&mut self, pid: Pid, vma: &Vma) -> io::Result<Option<ObjectId>> {
+        let VmaKind::File { path, id: (_, inode), .. } = &vma.kind else { return Ok(None) };
+        match nature(vma) {
+            Nature::Object => {}
+            Nature::File => return Ok(None),
+            Nature::Unmovable(what) => return Err(io::Error::other(what)),
+        }
+        if !self.found.contains_key(inode) {
+            let file = map_file(pid, vma)?;
+            let size = file.metadata()?.size();
+            let kind = match path.strip_prefix(b"/memfd:") {
+                Some(name) => ObjectKind::Memfd {
+                    name: name.to_vec(),
+                    seals: nix::fcntl::fcntl(
+                        std::os::fd::AsRawFd::as_raw_fd(&file),
+                        nix::fcntl::FcntlArg::F_GET_SEALS,
+                    )?,
+                },
+                None => ObjectKind::Anonymous,
+            };
+            self.found.insert(*inode, (Object { id: *inode, kind, size }, file));
+        }
+        Ok(Some(*inode))
+    }
+
+    /// Sends every object and its content.
+    pub(crate) fn dump(&self, sink: &mut dyn ImageSink) -> io::Result<Sent> {
+        let mut sent = Sent::default();
+        let mut buf = vec![0; 256 << 10];
+        for (object, file) in self.found.values() {
+            crate::image::put(sink, Kind::Object, object)?;
+            let mut at = 0;
+            while let Some((start, end)) = next_data(file, at)? {
+                at = end;
+                for offset in (start..end).step_by(buf.len()) {
+                    let len = usize::try_from(end - offset).unwrap_or(usize::MAX).min(buf.len());
+                    file.read_exact_at(&mut buf[..len], offset)?;
+                    let head = encode_runs(object.id, &[(offset, len as u64)]);
+                    let parts = [IoSlice::new(&head), IoSlice::new(&buf[..len])];
+                    sink.put(Kind::ObjectPages as u16, &parts)?;
+                    sent.pages += (len as u64).div_ceil(sys::memory::PAGE);
+                    sent.bytes += (head.len() + len) as u64;
+                }
+            }
+        }
+        Ok(sent)
+    }
+}
+
+/// Opens the file behind a mapping, whatever became of its name.
+pub(crate) fn map_file(pid: Pid, vma: &Vma) -> io::Result<File> {
+    File::open(format!("/proc/{pid}/map_files/{:x}-{:x}", vma.start, vma.end))
+}
+
+/// The next range that is not a hole.
+fn next_data(file: &File, from: u64) -> io::Result<Option<(u64, u64)>> {
+    use std::os::fd::AsRawFd;
+    let seek = |from: u64, whence| {
+        let from = i64::try_from(from).map_err(|_| nix::Error::EINVAL)?;
+        lseek(file.as_raw_fd(), from, whence).map(i64::cast_unsigned)
+    };
+    match seek(from, Whence::SeekData) {
+        Ok(start) => Ok(Some((start, seek(start, Whence::SeekHole)?))),
+        Err(nix::Error::ENXIO) => Ok(None),
+        Err(err) => Err(err.into()),
+    }
+}
+
+/// The objects on the destination, held by the engine until all map them.
+#[derive(Default)]
+pub(crate) struct Created {
+    files: BTreeMap<ObjectId, (Object, File)>,
+}
+
+impl Created {
+    /// Creates an empty object of the right size.
+    pub(crate) fn create(&mut self, object: Object) -> io::Result<()> {
+        let file = match &object.kind {
+            ObjectKind::Anonymous => File::from(sys::memory::shared_anonymous(object.size)?),
+            ObjectKind::Memfd { name, .. } => {
+                let name = CString::new(name.clone())?;
+                let flags = MemFdCreateFlag::MFD_CLOEXEC | MemFdCreateFlag::MFD_ALLOW_SEALING;
+                let file = File::from(memfd_create(&name, flags)?);
+                file.set_len(object.size)?;
+                file
+            }
+        };
+        self.files.insert(object.id, (object, file));
+        Ok(())
+    }
+
+    /// Fills ranges `(offset, length)` of an object.
+    pub(crate) fn fill(&self, id: ObjectId, runs: &[(u64, u64)], data: &[u8]) -> io::Result<()> {
+        let (object, file) = self.files.get(&id).ok_or(io::ErrorKind::InvalidData)?;
+        let mut data = data;
+        for &(offset, len) in runs {
+            if offset.checked_add(len).is_none_or(|end| end > object.size.next_multiple_of(4096)) {
+                return Err(io::ErrorKind::InvalidData.into());
+            }
+            let (part, rest) = data.split_at(usize::try_from(len).expect("fits the record"));
+            file.write_all_at(part, offset)?;
+            data = rest;
+        }
+        Ok(())
+    }
+
+    /// The file of an object.
+    pub(crate) fn get(&self, id: ObjectId) -> Option<BorrowedFd<'_>> {
+        self.files.get(&id).map(|(_, file)| file.as_fd())
+    }
+
+    /// Seals what was sealed: after everybody has mapped it.
+    pub(crate) fn seal(&self) -> io::Result<()> {
+        use std::os::fd::AsRawFd;
+        for (object, file) in self.files.values() {
+            if let ObjectKind::Memfd { seals, .. } = object.kind
+                && seals != 0
+            {
+                let seals = nix::fcntl::SealFlag::from_bits_retain(seals);
+                nix::fcntl::fcntl(file.as_raw_fd(), nix::fcntl::FcntlArg::F_ADD_SEALS(seals))?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The size of the file behind a mapping, in bytes.
+pub(crate) fn file_size(pid: Pid, vma: &Vma) -> io::Result<u64> {
+    fs::metadata(format!("/proc/{pid}/map_files/{:x}-{:x}", vma.start, vma.end)).map(|m| m.size())
+}

@@ -1,0 +1,310 @@
+//! The shape of a process tree: parents, sessions, process groups, zombies.
+//!
+//! A session cannot be joined, only inherited at birth or founded, so the order
+//! of births is what this file is about. A process whose session is neither its
+//! own nor its parent's was left behind by one that has ended: it is born again
+//! below a stand-in, which ends and leaves it to the tree's reaper.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use serde::{Deserialize, Serialize};
+
+/// One process of the tree; ids in its own pid namespace.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Node {
+    pub(crate) pid: i32,
+    /// 0 for the root, and for one that entered the pid namespace by `exec`.
+    pub(crate) ppid: i32,
+    /// 0 when it belongs to a process outside.
+    pub(crate) pgid: i32,
+    pub(crate) sid: i32,
+    /// Signal to the parent at its end.
+    pub(crate) exit_signal: i32,
+    /// Orphans below it become its children (`PR_SET_CHILD_SUBREAPER`).
+    pub(crate) subreaper: bool,
+    /// The status a zombie keeps for its parent.
+    pub(crate) zombie: Option<i32>,
+}
+
+/// One step of the tree's creation.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Step {
+    /// `parent` forks `pid`.
+    Fork { parent: i32, pid: i32, exit_signal: i32 },
+    /// `pid` founds a session.
+    NewSession { pid: i32 },
+    /// `pid` joins or founds process group `pgid`.
+    JoinGroup { pid: i32, pgid: i32 },
+    /// `pid` takes in orphans.
+    Subreaper { pid: i32 },
+    /// `pid` ends as a stand-in and is reaped by `parent`.
+    Leave { parent: i32, pid: i32 },
+    /// `pid` ends with this wait status and stays a zombie.
+    Die { pid: i32, status: i32 },
+}
+
+/// The steps that make the tree out of its root, which exists.
+///
+/// An error names what the kernel gives no way to create.
+pub(crate) fn plan(nodes: &[Node], root_sid: i32) -> Result<Vec<Step>, String> {
+    let mut plan = Planner::new(nodes, root_sid)?;
+    let root = plan.root;
+    plan.subreapers();
+    plan.descend(root)?;
+    plan.groups()?;
+    plan.deaths();
+    if plan.born.len() != plan.nodes.len() {
+        let lost = plan.nodes.keys().find(|pid| !plan.born.contains(pid));
+        return Err(format!("pid {} has no place in the tree", lost.copied().unwrap_or(0)));
+    }
+    Ok(plan.steps)
+}
+
+struct Planner<'n> {
+    root: i32,
+    nodes: BTreeMap<i32, &'n Node>,
+    children: BTreeMap<i32, Vec<&'n Node>>,
+    /// Session of each process so far.
+    session: BTreeMap<i32, i32>,
+    born: BTreeSet<i32>,
+    steps: Vec<Step>,
+}
+
+impl<'n> Planner<'n> {
+    fn new(nodes: &'n [Node], root_sid: i32) -> Result<Self, String> {
+        let root = nodes.first().ok_or("an image without processes")?.pid;
+        let mut children: BTreeMap<i32, Vec<&Node>> = BTreeMap::new();
+        let mut by_pid = BTreeMap::new();
+        for node in nodes {
+            if by_pid.insert(node.pid, node).is_some() {
+                return Err(format!("pid {} twice in the tree", node.pid));
+            }
+            if node.pid != root {
+                children.entry(node.ppid).or_default().push(node);
+            }
+        }
+        Ok(Self {
+            root,
+            nodes: by_pid,
+            children,
+            session: BTreeMap::from([(root, root_sid)]),
+            born: BTreeSet::from([root]),
+            steps: Vec::new(),
+        })
+    }
+
+    fn subreapers(&mut self) {
+        if self.nodes[&self.root].subreaper {
+            self.steps.push(Step::Subreaper { pid: self.root });
+        }
+    }
+
+    /// Founds the session of `pid` and makes its children, those of an older
+    /// session first.
+    fn descend(&mut self, pid: i32) -> Result<(), String> {
+        let node = self.nodes[&pid];
+        let inherited = self.session[&pid];
+        let children = self.children.get(&pid).cloned().unwrap_or_default();
+        if node.sid == pid && inherited != pid {
+            for child in children.iter().filter(|c| c.sid == inherited && c.sid != c.pid) {
+                self.fork(pid, child)?;
+            }
+            self.steps.push(Step::NewSession { pid });
+            self.session.insert(pid, pid);
+        }
+        for child in children {
+            if self.born.contains(&child.pid) {
+                continue;
+            }
+            if child.sid == child.pid || child.sid == self.session[&pid] {
+                self.fork(pid, child)?;
+            } else {
+                self.adopt(pid, child)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn fork(&mut self, parent: i32, child: &Node) -> Result<(), String> {
+        self.birth(parent, child.pid, child.exit_signal);
+        if child.subreaper {
+            self.steps.push(Step::Subreaper { pid: child.pid });
+        }
+        self.descend(child.pid)
+    }
+
+    fn birth(&mut self, parent: i32, pid: i32, exit_signal: i32) {
+        self.steps.push(Step::Fork { parent, pid, exit_signal });
+        self.session.insert(pid, self.session[&parent]);
+        self.born.insert(pid);
+    }
+
+    /// Makes an orphan of a session whose leader has ended, or lives elsewhere.
+    fn adopt(&mut self, reaper: i32, child: &Node) -> Result<(), String> {
+        let node = self.nodes[&reaper];
+        if reaper != self.root && !node.subreaper {
+            return Err(format!(
+                "pid {} is in session {}, which its parent {reaper} is not in",
+                child.pid, child.sid
+            ));
+        }
+        let leader = child.sid;
+        if leader == 0 {
+            return Err(format!("the session of pid {} is led from outside", child.pid));
+        }
+        if self.nodes.contains_key(&leader) {
+            if self.session.get(&leader) != Some(&leader) {
+                let lives = "lives elsewhere and does not exist yet";
+                return Err(format!("session {leader} of pid {} {lives}", child.pid));
+            }
+            // A stand-in below the leader; it becomes an orphan's parent and ends.
+            let stand_in = self.free_pid();
+            self.birth(leader, stand_in, libc::SIGCHLD);
+            self.fork(stand_in, child)?;
+            self.steps.push(Step::Leave { parent: leader, pid: stand_in });
+            self.born.remove(&stand_in);
+        } else {
+            self.birth(reaper, leader, libc::SIGCHLD);
+            self.steps.push(Step::NewSession { pid: leader });
+            self.session.insert(leader, leader);
+            let orphans: Vec<&Node> = self.children[&reaper]
+                .iter()
+                .copied()
+                .filter(|c| c.sid == leader && !self.born.contains(&c.pid))
+                .collect();
+            for orphan in orphans {
+                self.fork(leader, orphan)?;
+            }
+            self.steps.push(Step::Leave { parent: reaper, pid: leader });
+            self.born.remove(&leader);
+        }
+        Ok(())
+    }
+
+    /// A pid that nothing in the image uses.
+    fn free_pid(&self) -> i32 {
+        let used = |pid: &i32| {
+            self.nodes.contains_key(pid)
+                || self.nodes.values().any(|n| n.sid == *pid || n.pgid == *pid)
+                || self.session.contains_key(pid)
+        };
+        (2..).find(|pid| !used(pid)).expect("fewer processes than pids")
+    }
+
+    /// Leaders found their groups before others join; a group whose leader has
+    /// ended gets a stand-in that founds it and leaves once it is populated.
+    fn groups(&mut self) -> Result<(), String> {
+        let mut groups: BTreeMap<i32, Vec<&Node>> = BTreeMap::new();
+        for node in self.nodes.values() {
+            groups.entry(node.pgid).or_default().push(node);
+        }
+        for (pgid, members) in groups {
+            if pgid == 0 {
+                continue;
+            }
+            // The group of a session's leader exists since the session does.
+            let founded = self.nodes.get(&pgid).is_some_and(|leader| leader.sid == pgid);
+            let session = members[0].sid;
+            let stand_in = !self.nodes.contains_key(&pgid);
+            if stand_in {
+                let forker = members.iter().find(|m| self.session.get(&m.pid) == Some(&session));
+                let forker = forker.ok_or_else(|| format!("process group {pgid} has no member"))?;
+                let parent = forker.pid;
+                self.birth(parent, pgid, libc::SIGCHLD);
+                self.steps.push(Step::JoinGroup { pid: pgid, pgid });
+            } else if !founded {
+                self.steps.push(Step::JoinGroup { pid: pgid, pgid });
+            }
+            for member in members.iter().filter(|m| m.pid != pgid) {
+                self.steps.push(Step::JoinGroup { pid: member.pid, pgid });
+            }
+            if stand_in {
+                let parent = members[0].pid;
+                self.steps.push(Step::Leave { parent, pid: pgid });
+                self.born.remove(&pgid);
+            }
+        }
+        Ok(())
+    }
+
+    /// Zombies end when all the tree stands; children first.
+    fn deaths(&mut self) {
+        let zombies = self.nodes.values().rev();
+        let steps: Vec<Step> =
+            zombies.filter_map(|n| Some(Step::Die { pid: n.pid, status: n.zombie? })).collect();
+        self.steps.extend(steps);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn node(pid: i32, ppid: i32, pgid: i32, sid: i32) -> Node {
+        let exit_signal = libc::SIGCHLD;
+        Node { pid, ppid, pgid, sid, exit_signal, subreaper: false, zombie: None }
+    }
+
+    /// Executes a plan on paper and returns `(pid, ppid, pgid, sid)` of all.
+    fn execute(nodes: &[Node], root_sid: i32) -> Vec<(i32, i32, i32, i32)> {
+        let root = nodes[0].pid;
+        let mut all = BTreeMap::from([(root, (nodes[0].ppid, root_sid, root_sid))]);
+        for step in plan(nodes, root_sid).unwrap() {
+            match step {
+                Step::Fork { parent, pid, .. } => {
+                    let (_, pgid, sid) = all[&parent];
+                    assert!(all.insert(pid, (parent, pgid, sid)).is_none());
+                }
+                Step::NewSession { pid } => {
+                    let me = all.get_mut(&pid).unwrap();
+                    (me.1, me.2) = (pid, pid);
+                }
+                Step::JoinGroup { pid, pgid } => {
+                    let sid = all[&pid].2;
+                    assert!(pid == pgid || all.values().any(|p| p.1 == pgid && p.2 == sid));
+                    all.get_mut(&pid).unwrap().1 = pgid;
+                }
+                Step::Leave { parent, pid } => {
+                    assert_eq!(all.remove(&pid).unwrap().0, parent);
+                    for p in all.values_mut().filter(|p| p.0 == pid) {
+                        p.0 = root;
+                    }
+                }
+                Step::Subreaper { .. } | Step::Die { .. } => {}
+            }
+        }
+        all.into_iter().map(|(pid, (ppid, pgid, sid))| (pid, ppid, pgid, sid)).collect()
+    }
+
+    fn check(nodes: &[Node], root_sid: i32) {
+        let mut wanted: Vec<_> = nodes.iter().map(|n| (n.pid, n.ppid, n.pgid, n.sid)).collect();
+        wanted.sort_unstable();
+        assert_eq!(execute(nodes, root_sid), wanted);
+    }
+
+    #[test]
+    fn children_keep_the_session_their_parent_has_left() {
+        check(&[node(1, 0, 1, 1), node(2, 1, 2, 2), node(3, 2, 1, 1), node(4, 2, 2, 2)], 1);
+    }
+
+    #[test]
+    fn orphans_of_a_dead_leader_keep_its_session() {
+        check(&[node(1, 0, 1, 1), node(7, 1, 5, 5), node(8, 1, 5, 5)], 1);
+    }
+
+    #[test]
+    fn orphans_of_a_living_session_come_home() {
+        check(&[node(1, 0, 1, 1), node(5, 1, 5, 5), node(9, 1, 5, 5)], 1);
+    }
+
+    #[test]
+    fn a_group_outlives_its_leader() {
+        check(&[node(1, 0, 1, 1), node(5, 1, 4, 1), node(6, 1, 4, 1)], 1);
+    }
+
+    #[test]
+    fn a_stranger_session_is_named() {
+        let err = plan(&[node(1, 0, 1, 1), node(2, 1, 2, 2), node(3, 2, 9, 9)], 1).unwrap_err();
+        assert!(err.contains("pid 3") && err.contains("session 9"), "{err}");
+    }
+}

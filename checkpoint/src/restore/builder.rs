@@ -1,0 +1,323 @@
+//! The tree while records arrive, and when it is complete.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    io,
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
+};
+
+use nix::sys::signal;
+use serde::de::DeserializeOwned;
+
+use super::{
+    Sandbox,
+    task::{Task, close_all},
+};
+use crate::{
+    RestoreError, host,
+    image::{self, Head, Kind, Process},
+    resource::{
+        memory::{self, Backing, Layout, Runs},
+        shared::{Created, Object, ObjectId},
+        tree::{self, Step},
+    },
+    stub::{Batch, args},
+    sys::ptrace,
+};
+
+/// A tree of which the image is still arriving. Dropping it kills the tree.
+pub(super) struct Builder {
+    tasks: Tasks,
+    root: i32,
+    /// Root directory of the container.
+    directory: OwnedFd,
+    #[expect(dead_code, reason = "files take them")]
+    stdio: [OwnedFd; 3],
+    head: Option<Head>,
+    objects: Created,
+    layouts: BTreeMap<i32, Layout>,
+    processes: BTreeMap<i32, Process>,
+    /// Files known to be here as the image wants them.
+    checked: BTreeSet<(Vec<u8>, u64)>,
+}
+
+/// The processes by their pids in the image. Dropping them kills them.
+#[derive(Default)]
+struct Tasks(BTreeMap<i32, Task>);
+
+impl Drop for Tasks {
+    fn drop(&mut self) {
+        for task in self.0.values() {
+            // Gone already is as good.
+            let _gone = signal::kill(task.host(), signal::SIGKILL);
+        }
+        for task in self.0.values().rev() {
+            while !matches!(ptrace::wait(task.host()), Ok(ptrace::Stop::Gone) | Err(_)) {}
+        }
+    }
+}
+
+impl Builder {
+    /// Takes over the sandbox's init.
+    pub(super) fn seize(sandbox: Sandbox) -> Result<Self, RestoreError> {
+        let Sandbox { init, stdio } = sandbox;
+        let failed = |source| RestoreError::Process {
+            what: "take over the sandbox".into(),
+            pid: init.as_raw(),
+            source,
+        };
+        let task = Task::seize(init).map_err(failed)?;
+        let root = task.pid;
+        let tasks = Tasks(BTreeMap::from([(root, task)]));
+        let flags = rustix::fs::OFlags::PATH | rustix::fs::OFlags::CLOEXEC;
+        let path = format!("/proc/{init}/root");
+        let directory = rustix::fs::open(path, flags, rustix::fs::Mode::empty())
+            .map_err(|err| failed(err.into()))?;
+        Ok(Self {
+            tasks,
+            root,
+            directory,
+            stdio,
+            head: None,
+            objects: Created::default(),
+            layouts: BTreeMap::new(),
+            processes: BTreeMap::new(),
+            checked: BTreeSet::new(),
+        })
+    }
+
+    /// Takes one record; returns how many pages it filled.
+    pub(super) fn record(&mut self, kind: Kind, body: &[u8]) -> Result<u64, RestoreError> {
+        match (&self.head, kind) {
+            (None, Kind::Head) => self.begin(decode(body)?)?,
+            (None, _) => return Err(RestoreError::Image("it does not begin with its head".into())),
+            (Some(_), Kind::Object) => {
+                let object: Object = decode(body)?;
+                self.objects.create(object).map_err(RestoreError::Source)?;
+            }
+            (Some(_), Kind::ObjectPages) => {
+                let Runs { owner, runs, data } = runs(body)?;
+                self.objects.fill(owner, &runs, data).map_err(RestoreError::Source)?;
+                return Ok(data.len() as u64 / 4096);
+            }
+            (Some(_), Kind::Layout) => self.map(decode(body)?)?,
+            (Some(_), Kind::Pages) => {
+                let Runs { owner, runs, data } = runs(body)?;
+                let task = self.task(i32::try_from(owner).unwrap_or(0))?;
+                memory::restore_pages(task.host(), &task.forced, &runs, data)
+                    .map_err(|err| task.failed("fill memory", err))?;
+                return Ok(data.len() as u64 / 4096);
+            }
+            (Some(_), Kind::Process) => {
+                let process: Process = decode(body)?;
+                if process.threads.iter().any(|t| !t.queue.is_valid()) || !process.queue.is_valid()
+                {
+                    return Err(RestoreError::Image("a queued signal is malformed".into()));
+                }
+                self.task(process.pid)?;
+                self.processes.insert(process.pid, process);
+            }
+            (Some(_), Kind::Files) => {}
+            (Some(_), Kind::Head | Kind::End) => {
+                return Err(RestoreError::Image("a record out of place".into()));
+            }
+        }
+        Ok(0)
+    }
+
+    fn task(&self, pid: i32) -> Result<&Task, RestoreError> {
+        let unknown = || RestoreError::Image(format!("pid {pid} is not in its tree"));
+        self.tasks.0.get(&pid).ok_or_else(unknown)
+    }
+
+    /// Checks that the image can live here and creates the tree.
+    fn begin(&mut self, head: Head) -> Result<(), RestoreError> {
+        let missing = |object: &str, reason: String| {
+            Err(RestoreError::Missing { object: object.into(), reason })
+        };
+        if head.version != image::VERSION {
+            let (theirs, ours) = (head.version, image::VERSION);
+            return missing("image", format!("it has version {theirs}, this Dunlin reads {ours}"));
+        }
+        if head.arch != std::env::consts::ARCH {
+            return missing("CPU", format!("the image is of a {} machine", head.arch));
+        }
+        let xstate = ptrace::xstate(self.task(self.root)?.host()).map_err(RestoreError::Source)?;
+        if xstate.len() as u64 != u64::from(head.xstate_len) {
+            let (theirs, ours) = (head.xstate_len, xstate.len());
+            return missing("CPU", format!("its xsave area has {ours} bytes, not {theirs}"));
+        }
+        if host::vdso_checksum().map_err(RestoreError::Source)? != head.vdso {
+            return missing("kernel", "its vDSO differs from the source's".into());
+        }
+        let root_sid = crate::proc::Status::of(self.task(self.root)?.host())
+            .map_err(RestoreError::Source)?
+            .sid();
+        if head.nodes.first().map(|n| n.pid) != Some(self.root) {
+            return missing("pid", format!("the tree's root is not pid {}", self.root));
+        }
+        let steps = tree::plan(&head.nodes, root_sid).map_err(RestoreError::Image)?;
+        let mut batch = Batch::new();
+        close_all(&mut batch);
+        self.task(self.root)?.run("close the skeleton's files", &batch)?;
+        for step in &steps {
+            self.step(step)?;
+        }
+        self.head = Some(head);
+        Ok(())
+    }
+
+    fn step(&mut self, step: &Step) -> Result<(), RestoreError> {
+        let mut batch = Batch::new();
+        match *step {
+            Step::Fork { parent, pid, exit_signal } => {
+                let parent = self.task(parent)?;
+                let child = parent
+                    .fork(pid, exit_signal)
+                    .map_err(|err| parent.failed(&format!("create child {pid}"), err))?;
+                self.tasks.0.insert(pid, child);
+                Ok(())
+            }
+            Step::NewSession { pid } => {
+                batch.call(libc::SYS_setsid, []);
+                self.task(pid)?.run("found a session", &batch)
+            }
+            Step::JoinGroup { pid, pgid } => {
+                batch.call(libc::SYS_setpgid, args![0_u64, pgid]);
+                self.task(pid)?.run("join a process group", &batch)
+            }
+            Step::Subreaper { pid } => {
+                let (zero, one) = (0_u64, 1_u64);
+                let set = libc::PR_SET_CHILD_SUBREAPER;
+                batch.call(libc::SYS_prctl, args![set, one, zero, zero, zero]);
+                self.task(pid)?.run("take in orphans", &batch)
+            }
+            Step::Leave { parent, pid } => {
+                self.remove(pid)?.exit(0).map_err(RestoreError::Source)?;
+                batch.call(libc::SYS_wait4, args![pid, 0_u64, 0_u64, 0_u64]);
+                self.task(parent)?.run("reap a stand-in", &batch)
+            }
+            Step::Die { pid, status } => self.remove(pid)?.die(status).map_err(|source| {
+                RestoreError::Process { what: "leave a zombie".into(), pid, source }
+            }),
+        }
+    }
+
+    fn remove(&mut self, pid: i32) -> Result<Task, RestoreError> {
+        let unknown = || RestoreError::Image(format!("pid {pid} is not in its tree"));
+        self.tasks.0.remove(&pid).ok_or_else(unknown)
+    }
+
+    /// Makes the mappings of one process.
+    fn map(&mut self, layout: Layout) -> Result<(), RestoreError> {
+        let mut wanted: BTreeSet<ObjectId> = BTreeSet::new();
+        for mapping in &layout.mappings {
+            match &mapping.backing {
+                Backing::Anonymous => {}
+                Backing::File { path, size, .. } => {
+                    check_file(self.directory.as_fd(), path, *size, &mut self.checked)?;
+                }
+                Backing::Object { id, .. } => {
+                    wanted.insert(*id);
+                }
+            }
+        }
+        let unknown = |id| RestoreError::Image(format!("memory object {id} is missing"));
+        let objects: Vec<(ObjectId, BorrowedFd<'_>)> = wanted
+            .into_iter()
+            .map(|id| Ok((id, self.objects.get(id).ok_or_else(|| unknown(id))?)))
+            .collect::<Result<_, RestoreError>>()?;
+        let pid = layout.pid;
+        let unknown = || RestoreError::Image(format!("pid {pid} is not in its tree"));
+        self.tasks.0.get_mut(&pid).ok_or_else(unknown)?.map(&layout, &objects)?;
+        self.layouts.insert(pid, layout);
+        Ok(())
+    }
+
+    /// Completes every process.
+    pub(super) fn finish(mut self) -> Result<Built, RestoreError> {
+        if self.head.is_none() {
+            return Err(RestoreError::Image("it is empty".into()));
+        }
+        let incomplete = |pid: &i32| RestoreError::Image(format!("pid {pid} is incomplete"));
+        for (pid, task) in &mut self.tasks.0 {
+            let process = self.processes.get(pid).ok_or_else(|| incomplete(pid))?;
+            let layout = self.layouts.get(pid).ok_or_else(|| incomplete(pid))?;
+            task.become_process(process, layout, &[], &Batch::new())?;
+        }
+        self.objects.seal().map_err(RestoreError::Source)?;
+        Ok(Built { tasks: self.tasks, processes: self.processes })
+    }
+}
+
+/// Judges a file that is to be mapped: the same name must show the same program.
+fn check_file(
+    root: BorrowedFd<'_>,
+    path: &[u8],
+    size: u64,
+    checked: &mut BTreeSet<(Vec<u8>, u64)>,
+) -> Result<(), RestoreError> {
+    use rustix::fs::{Mode, OFlags, ResolveFlags, fstat, openat2};
+    if !checked.insert((path.to_vec(), size)) {
+        return Ok(());
+    }
+    let missing = |reason: String| RestoreError::Missing {
+        object: format!("file {}", String::from_utf8_lossy(path)),
+        reason,
+    };
+    let flags = OFlags::PATH | OFlags::CLOEXEC;
+    let file = openat2(root, path, flags, Mode::empty(), ResolveFlags::IN_ROOT)
+        .map_err(|err| missing(io::Error::from(err).to_string()))?;
+    let here = fstat(&file).map_err(|err| missing(io::Error::from(err).to_string()))?.st_size;
+    if here.cast_unsigned() != size {
+        return Err(missing(format!("it has {here} bytes, the source's has {size}")));
+    }
+    Ok(())
+}
+
+fn runs(body: &[u8]) -> Result<Runs<'_>, RestoreError> {
+    memory::decode_runs(body).ok_or_else(|| RestoreError::Image("pages without a head".into()))
+}
+
+fn decode<T: DeserializeOwned>(body: &[u8]) -> Result<T, RestoreError> {
+    postcard::from_bytes(body).map_err(|err| RestoreError::Image(err.to_string()))
+}
+
+/// A complete tree. Dropping it kills it.
+pub(super) struct Built {
+    tasks: Tasks,
+    processes: BTreeMap<i32, Process>,
+}
+
+impl Built {
+    pub(super) fn processes(&self) -> u64 {
+        self.tasks.0.len() as u64
+    }
+
+    pub(super) fn threads(&self) -> u64 {
+        self.tasks.0.values().map(Task::thread_count).sum()
+    }
+
+    /// Arms every timer, then lets every thread run.
+    pub(super) fn thaw(mut self) -> Result<(), RestoreError> {
+        for (pid, task) in &mut self.tasks.0 {
+            let process = &self.processes[pid];
+            task.arm(process)?;
+            task.strip(process)?;
+            if process.stopped {
+                task.stop().map_err(|err| task.failed("stop it as it was", err))?;
+            }
+        }
+        let tasks = std::mem::take(&mut self.tasks.0);
+        // Nobody may find a parent, a peer or a child that does not exist yet;
+        // all do, so the order is of no consequence.
+        for (pid, task) in tasks {
+            task.release().map_err(|source| RestoreError::Process {
+                what: "let it run".into(),
+                pid,
+                source,
+            })?;
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,360 @@
+//! One process on its way from the skeleton to the program it is to become.
+
+use std::{collections::BTreeMap, io, os::fd::BorrowedFd};
+
+use nix::unistd::Pid;
+
+use crate::{
+    RestoreError,
+    image::Process,
+    proc,
+    resource::{
+        creds, fs,
+        memory::{KernelPages, Layout},
+        mm,
+        shared::ObjectId,
+        signals, threads, timers,
+    },
+    skeleton,
+    stub::{Batch, Remote, TRAMPOLINE, Tracee, args, code, find_hole, find_slack},
+    sys::{
+        memory::ForcedMemory,
+        ptrace::{self, Seize},
+    },
+    transfer::{self, Gift},
+};
+
+/// End of the addresses a program may use.
+const TASK_SIZE: u64 = 0x7fff_ffff_f000;
+
+/// A process being built.
+pub(super) struct Task {
+    /// Its pid in the image.
+    pub(super) pid: i32,
+    pub(super) tracee: Tracee,
+    pub(super) remote: Remote,
+    pub(super) forced: ForcedMemory,
+    /// Threads other than the leader.
+    threads: Vec<Tracee>,
+    /// Capabilities it starts with.
+    capabilities: u64,
+}
+
+impl Task {
+    /// Seizes the process that runs the skeleton.
+    pub(super) fn seize(host: Pid) -> io::Result<Self> {
+        Tracee::request_stop(host, Seize::Destination)?;
+        Self::born(host)
+    }
+
+    /// Takes over a process that was born seized.
+    pub(super) fn born(host: Pid) -> io::Result<Self> {
+        let tracee = Tracee::settle(host)?.ok_or(io::ErrorKind::NotFound)?;
+        let status = proc::Status::of(host)?;
+        let pid = status.tgid();
+        Ok(Self {
+            pid,
+            remote: Remote::at(skeleton::PLACE, (pid, pid)),
+            forced: ForcedMemory::open(host)?,
+            tracee,
+            threads: Vec::new(),
+            capabilities: status.cap_permitted & status.cap_bounding,
+        })
+    }
+
+    pub(super) fn host(&self) -> Pid {
+        self.tracee.tid
+    }
+
+    pub(super) fn thread_count(&self) -> u64 {
+        1 + self.threads.len() as u64
+    }
+
+    /// Executes calls in the process; `what` names them in an error.
+    pub(super) fn run(&self, what: &str, batch: &Batch) -> Result<(), RestoreError> {
+        self.run_in(what, &self.remote, &self.tracee, batch)
+    }
+
+    fn run_in(
+        &self,
+        what: &str,
+        remote: &Remote,
+        thread: &Tracee,
+        batch: &Batch,
+    ) -> Result<(), RestoreError> {
+        if batch.is_empty() {
+            return Ok(());
+        }
+        remote.run(thread, batch).map(drop).map_err(|source| self.failed(what, source))
+    }
+
+    pub(super) fn failed(&self, what: &str, source: io::Error) -> RestoreError {
+        RestoreError::Process { what: what.to_owned(), pid: self.pid, source }
+    }
+
+    /// Forks a child with a chosen pid; it is born seized and stopped.
+    pub(super) fn fork(&self, pid: i32, exit_signal: i32) -> io::Result<Self> {
+        let host = self.clone(0, pid, exit_signal)?;
+        Self::born(host)
+    }
+
+    fn clone(&self, flags: u64, tid: i32, exit_signal: i32) -> io::Result<Pid> {
+        let mut batch = Batch::new();
+        let set_tid = batch.bytes(&tid.to_le_bytes());
+        // struct clone_args: flags, pidfd, child_tid, parent_tid, exit_signal,
+        // stack, stack_size, tls, set_tid, set_tid_size, cgroup.
+        let clone = batch.space(88);
+        batch.number(clone, flags);
+        batch.number(clone.skip(32), u64::from(exit_signal.cast_unsigned()));
+        batch.address(clone.skip(64), set_tid);
+        batch.number(clone.skip(72), 1);
+        batch.call(libc::SYS_clone3, args![clone, 88_u64]);
+        let results = self.remote.run(&self.tracee, &batch).map_err(|err| match err.kind() {
+            io::ErrorKind::AlreadyExists => {
+                io::Error::new(err.kind(), format!("pid {tid} is already taken"))
+            }
+            _ => err,
+        })?;
+        results.born.first().copied().ok_or_else(|| io::Error::other("the child is missing"))
+    }
+
+    /// Ends the process with `exit(2)` and sees it out.
+    pub(super) fn exit(self, status: i32) -> io::Result<()> {
+        let mut batch = Batch::new();
+        batch.call(libc::SYS_exit_group, args![status]);
+        match self.remote.run(&self.tracee, &batch) {
+            Err(err) if err.raw_os_error() == Some(libc::ESRCH) => Ok(()),
+            Err(err) => Err(err),
+            Ok(_) => Err(io::Error::other("it did not exit")),
+        }
+    }
+
+    /// Ends the process the way a zombie with wait status `status` did.
+    pub(super) fn die(self, status: i32) -> io::Result<()> {
+        let signal = status & 0x7f;
+        if signal == 0 {
+            return self.exit(status >> 8 & 0xff);
+        }
+        ptrace::set_signal_mask(self.host(), 0)?;
+        nix::sys::signal::kill(self.host(), nix::sys::signal::Signal::try_from(signal)?)?;
+        ptrace::cont(self.host())?;
+        loop {
+            match ptrace::wait(self.host())? {
+                ptrace::Stop::Gone => return Ok(()),
+                ptrace::Stop::Signal(n) => ptrace::cont_with(self.host(), n)?,
+                ptrace::Stop::Event { .. } => ptrace::cont(self.host())?,
+            }
+        }
+    }
+
+    /// Gives the process the mappings of `layout`, empty.
+    pub(super) fn map(
+        &mut self,
+        layout: &Layout,
+        objects: &[(ObjectId, BorrowedFd<'_>)],
+    ) -> Result<(), RestoreError> {
+        let wanted = layout
+            .kernel_pages
+            .as_ref()
+            .ok_or_else(|| RestoreError::Image(format!("pid {} has no vDSO", self.pid)))?;
+        if layout.mappings.iter().any(|m| m.start < skeleton::END || m.end <= m.start) {
+            let reason = format!("it maps memory below {:#x}", skeleton::END);
+            return Err(RestoreError::Missing { object: format!("pid {}", self.pid), reason });
+        }
+        self.move_kernel_pages(wanted).map_err(|err| self.failed("move the vDSO", err))?;
+        self.leave_skeleton(wanted)?;
+        let gifts = transfer::consecutive(objects.iter().map(|(_, fd)| *fd));
+        if !gifts.is_empty() {
+            transfer::give(&self.remote, &self.tracee, &gifts)
+                .map_err(|err| self.failed("hand over memory objects", err))?;
+        }
+        let numbers: BTreeMap<ObjectId, u64> = objects.iter().map(|(id, _)| *id).zip(0..).collect();
+        let mut batch = Batch::new();
+        for mapping in &layout.mappings {
+            mapping.restore(&numbers, &mut batch);
+            if batch.size() > Remote::capacity() / 2 {
+                self.run("map memory", &batch)?;
+                batch = Batch::new();
+            }
+        }
+        close_all(&mut batch);
+        self.run("map memory", &batch)
+    }
+
+    /// Moves `[vvar]`, `[vvar_vclock]` and `[vdso]` to where the program knows
+    /// them, and the stub's code with them into the end of the vDSO.
+    fn move_kernel_pages(&mut self, wanted: &KernelPages) -> io::Result<()> {
+        let mut vmas = proc::vmas(self.host())?;
+        let here = KernelPages::of(&vmas).ok_or(io::ErrorKind::NotFound)?;
+        if here.lens != wanted.lens {
+            return Err(io::Error::other("this kernel's vDSO has another size"));
+        }
+        let len = wanted.end() - wanted.start;
+        if here.start != wanted.start {
+            let mut from = here.start;
+            let overlap = wanted.start < here.end() && here.start < wanted.end();
+            if overlap {
+                let aside = find_hole(&vmas, len + (wanted.end() - wanted.start))
+                    .filter(|at| wanted.end() <= *at || at + len <= wanted.start)
+                    .ok_or_else(|| io::Error::other("no room to move it aside"))?;
+                self.remap(from, aside, &wanted.lens)?;
+                from = aside;
+            }
+            self.remap(from, wanted.start, &wanted.lens)?;
+            vmas = proc::vmas(self.host())?;
+        }
+        let slack = find_slack(self.host(), &vmas)?;
+        let at = slack + TRAMPOLINE;
+        ptrace::poke(self.host(), at, code())?;
+        self.remote.move_code(at);
+        Ok(())
+    }
+
+    fn remap(&self, from: u64, to: u64, lens: &[u64]) -> io::Result<()> {
+        let mut batch = Batch::new();
+        let mut offset = 0;
+        for &len in lens {
+            let flags = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED;
+            batch.call(libc::SYS_mremap, args![from + offset, len, len, flags, to + offset]);
+            offset += len;
+        }
+        self.remote.run(&self.tracee, &batch).map(drop)
+    }
+
+    /// Unmaps all but the stub's data and the kernel's pages.
+    fn leave_skeleton(&self, kept: &KernelPages) -> Result<(), RestoreError> {
+        let mut batch = Batch::new();
+        let data = skeleton::PLACE.data;
+        let gaps = [(4096, data), (skeleton::END, kept.start), (kept.end(), TASK_SIZE)];
+        for (start, end) in gaps {
+            if start < end {
+                batch.call(libc::SYS_munmap, args![start, end - start]);
+            }
+        }
+        self.run("leave the skeleton", &batch)
+    }
+
+    /// Gives the process everything but memory content and armed timers.
+    pub(super) fn become_process(
+        &mut self,
+        image: &Process,
+        layout: &Layout,
+        gifts: &[Gift<'_>],
+        epoll: &Batch,
+    ) -> Result<(), RestoreError> {
+        let mut batch = Batch::new();
+        for mapping in &layout.mappings {
+            mapping.lock(&mut batch);
+        }
+        mm::restore(&image.mm, &mut batch);
+        fs::restore(&image.fs, &mut batch);
+        signals::restore(&image.actions, &mut batch);
+        self.run("restore the process", &batch)?;
+        transfer::give(&self.remote, &self.tracee, gifts)
+            .map_err(|err| self.failed("hand over open files", err))?;
+        self.run("register epoll items", epoll)?;
+        self.create_threads(image)?;
+        let mut batch = Batch::new();
+        timers::create(&image.timers, &mut batch);
+        self.run("create timers", &batch)?;
+        image.limits.restore(self.host()).map_err(|err| self.failed("set resource limits", err))?;
+        self.identify(image)
+    }
+
+    fn create_threads(&mut self, image: &Process) -> Result<(), RestoreError> {
+        const FLAGS: i32 = libc::CLONE_VM
+            | libc::CLONE_FS
+            | libc::CLONE_FILES
+            | libc::CLONE_SIGHAND
+            | libc::CLONE_THREAD
+            | libc::CLONE_SYSVSEM;
+        for thread in image.threads.iter().skip(1) {
+            let tracee = self
+                .clone(u64::from(FLAGS.cast_unsigned()), thread.tid, 0)
+                .and_then(Tracee::settle)
+                .and_then(|tracee| tracee.ok_or_else(|| io::ErrorKind::NotFound.into()))
+                .map_err(|err| self.failed(&format!("create thread {}", thread.tid), err))?;
+            self.threads.push(tracee);
+        }
+        Ok(())
+    }
+
+    /// Gives every thread what is its own, privileges last.
+    fn identify(&mut self, image: &Process) -> Result<(), RestoreError> {
+        let (first, others) =
+            image.threads.split_first().ok_or_else(|| RestoreError::Image("no thread".into()))?;
+        for (thread, tracee) in others.iter().zip(&self.threads) {
+            let mut remote = self.remote.of((self.pid, thread.tid));
+            avoid(&mut remote, thread.queue.mask() | image.queue.mask());
+            let mut batch = Batch::new();
+            self.personal(thread, &mut batch);
+            creds::restrict(&thread.creds, &mut batch);
+            self.run_in("restore a thread", &remote, tracee, &batch)?;
+            thread
+                .limits
+                .restore(tracee.tid)
+                .map_err(|err| self.failed("schedule a thread", err))?;
+        }
+        avoid(&mut self.remote, first.queue.mask() | image.queue.mask());
+        let mut batch = Batch::new();
+        self.personal(first, &mut batch);
+        image.queue.restore(self.pid, None, &mut batch);
+        mm::seal(&image.mm, &mut batch);
+        creds::restrict(&first.creds, &mut batch);
+        self.run("restore the leading thread", &batch)?;
+        first.limits.restore(self.host()).map_err(|err| self.failed("schedule a thread", err))
+    }
+
+    fn personal(&self, thread: &threads::Image, batch: &mut Batch) {
+        threads::restore(thread, batch);
+        creds::restore(&thread.creds, self.capabilities, batch);
+        thread.queue.restore(self.pid, Some(thread.tid), batch);
+    }
+
+    /// Arms the timers: the stub's last batch.
+    pub(super) fn arm(&self, image: &Process) -> Result<(), RestoreError> {
+        let mut batch = Batch::new();
+        timers::arm(&image.timers, &mut batch);
+        self.run("arm timers", &batch)
+    }
+
+    /// Stops a process again that job control had stopped.
+    pub(super) fn stop(&self) -> io::Result<()> {
+        nix::sys::signal::kill(self.host(), nix::sys::signal::SIGSTOP).map_err(Into::into)
+    }
+
+    /// Takes the stub out; the threads then stand before their next instruction.
+    pub(super) fn strip(&mut self, image: &Process) -> Result<(), RestoreError> {
+        let failed = |task: &Self, err| task.failed("set the registers", err);
+        self.remote.clone().remove(&self.tracee).map_err(|err| failed(self, err))?;
+        let enter = |tracee: &mut Tracee, thread: &threads::Image| {
+            thread.enter(tracee)?;
+            ptrace::set_signal_mask(tracee.tid, tracee.mask)?;
+            ptrace::set_registers(tracee.tid, &tracee.regs)
+        };
+        let mut images = image.threads.iter();
+        let leader = images.next().map_or(Ok(()), |thread| enter(&mut self.tracee, thread));
+        let others = leader.and_then(|()| {
+            self.threads.iter_mut().zip(images).try_for_each(|(tracee, t)| enter(tracee, t))
+        });
+        others.map_err(|err| failed(self, err))
+    }
+
+    /// Lets every thread run.
+    pub(super) fn release(&self) -> io::Result<()> {
+        self.threads.iter().try_for_each(|t| ptrace::detach(t.tid))?;
+        ptrace::detach(self.host())
+    }
+}
+
+/// Lets the stub tell with a signal that is not among those queued.
+fn avoid(remote: &mut Remote, queued: u64) {
+    const CANDIDATES: [i32; 3] = [libc::SIGURG, libc::SIGWINCH, libc::SIGCHLD];
+    let free = CANDIDATES.into_iter().chain(34..=64).find(|n| queued & 1 << (n - 1) == 0);
+    remote.tell_with(free.unwrap_or(libc::SIGURG));
+}
+
+/// Closes every fd.
+pub(super) fn close_all(batch: &mut Batch) {
+    batch.call(libc::SYS_close_range, args![0_u64, u64::from(u32::MAX), 0_u64]);
+}
