@@ -19,6 +19,12 @@ macro_rules! for_each_scenario {
             call_epoll_wait call_epoll_wait_timeout call_futex call_futex_timeout
             call_recv call_recv_timeout call_accept call_read_pipe call_write_pipe
             call_wait4 call_sigtimedwait call_sigtimedwait_timeout call_flock
+            creds_ids creds_capabilities creds_switches creds_seccomp creds_limits creds_scheduling
+            place_directory place_root place_names
+            fds_files fds_devices fds_shared fds_pipes
+            events_eventfd events_epoll events_signalfd events_timerfd
+            sockets_pairs sockets_family sockets_listening
+            futex_pingpong
         }
     };
 }

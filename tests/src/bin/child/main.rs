@@ -5,10 +5,16 @@
 #![allow(clippy::unit_arg, reason = "a check or a damage in one expression reads best")]
 
 mod counter;
+mod creds;
+mod events;
+mod fds;
 mod fork;
 mod memory;
+mod pingpong;
+mod place;
 mod registers;
 mod signals;
+mod sockets;
 mod sys;
 mod syscalls;
 mod threads;
@@ -20,14 +26,22 @@ use anyhow::{Result, bail};
 use dunlin_tests::{Skipped, for_each_scenario};
 
 use counter::{clocks, counter, heap};
+use creds::{
+    creds_capabilities, creds_ids, creds_limits, creds_scheduling, creds_seccomp, creds_switches,
+};
+use events::{events_epoll, events_eventfd, events_signalfd, events_timerfd};
+use fds::{fds_devices, fds_files, fds_pipes, fds_shared};
 use memory::{
     memory_advice, memory_cow, memory_file, memory_private, memory_shared, memory_sparse,
     memory_stack,
 };
+use pingpong::futex_pingpong;
+use place::{place_directory, place_names, place_root};
 use registers::{
     registers_avx, registers_avx512, registers_float, registers_general, registers_segments,
 };
 use signals::{signals_actions, signals_altstack, signals_pending};
+use sockets::{sockets_family, sockets_listening, sockets_pairs};
 use syscalls::{
     call_accept, call_clock_nanosleep, call_clock_nanosleep_until, call_epoll_wait,
     call_epoll_wait_timeout, call_flock, call_futex, call_futex_timeout, call_nanosleep, call_poll,

@@ -4,7 +4,7 @@
 use std::io;
 use std::ops::Range;
 use std::os::fd::{AsRawFd, BorrowedFd};
-use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::atomic::{AtomicU8, AtomicU32, Ordering};
 
 use anyhow::{Context, Result, ensure};
 use nix::libc;
@@ -106,6 +106,12 @@ impl Mapping {
     pub(crate) fn bytes(self) -> &'static [AtomicU8] {
         // SAFETY: mapped for good; atomics may be shared with anyone.
         unsafe { std::slice::from_raw_parts(self.addr as *const AtomicU8, self.len) }
+    }
+
+    /// The same as 32-bit words.
+    pub(crate) fn words(self) -> &'static [AtomicU32] {
+        // SAFETY: as above; a mapping's pages are aligned.
+        unsafe { std::slice::from_raw_parts(self.addr as *const AtomicU32, self.len / 4) }
     }
 
     /// Writes the pattern of `seed`.
@@ -381,4 +387,69 @@ pub(crate) fn is_pending(signal: i32) -> Result<bool> {
         libc::sigismember(&raw const set, signal)
     };
     Ok(member == 1)
+}
+
+/// `prctl(2)`.
+pub(crate) fn prctl(option: i32, [a, b, c]: [usize; 3]) -> Result<usize> {
+    let number = usize::try_from(option)?;
+    call(libc::SYS_prctl, [number, a, b, c, 0, 0]).with_context(|| format!("prctl {option}"))
+}
+
+/// The sets of capabilities that `capset(2)` knows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Capabilities {
+    pub(crate) effective: u64,
+    pub(crate) permitted: u64,
+    pub(crate) inheritable: u64,
+}
+
+/// `_LINUX_CAPABILITY_VERSION_3`, and 0 for this thread.
+const CAPABILITIES_V3: [u32; 2] = [0x2008_0522, 0];
+
+impl Capabilities {
+    /// Those of this thread.
+    pub(crate) fn get() -> Result<Self> {
+        let mut words = [0_u32; 6];
+        let header = CAPABILITIES_V3;
+        let args = [header.as_ptr() as usize, words.as_mut_ptr() as usize, 0, 0, 0, 0];
+        call(libc::SYS_capget, args)?;
+        let wide = |n: usize| u64::from(words[n]) | u64::from(words[n + 3]) << 32;
+        Ok(Self { effective: wide(0), permitted: wide(1), inheritable: wide(2) })
+    }
+
+    /// Gives them to this thread.
+    pub(crate) fn set(self) -> Result<()> {
+        let wide = [self.effective, self.permitted, self.inheritable];
+        let low = wide.map(|word| word & 0xffff_ffff);
+        let high = wide.map(|word| word >> 32);
+        let words = [low, high].concat().into_iter().map(u32::try_from);
+        let words = words.collect::<Result<Vec<_>, _>>()?;
+        let header = CAPABILITIES_V3;
+        let args = [header.as_ptr() as usize, words.as_ptr() as usize, 0, 0, 0, 0];
+        call(libc::SYS_capset, args).context("capset")?;
+        Ok(())
+    }
+}
+
+/// Installs a seccomp filter that answers these calls with `error`.
+pub(crate) fn refuse(numbers: &[i64], error: u32, flags: u64) -> Result<()> {
+    let instruction = |code: u32, jt: usize, k: u32| -> Result<libc::sock_filter> {
+        Ok(libc::sock_filter { code: u16::try_from(code)?, jt: u8::try_from(jt)?, jf: 0, k })
+    };
+    // The number is the first word of what a filter sees.
+    let mut program = vec![instruction(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, 0, 0)?];
+    for (n, number) in numbers.iter().enumerate() {
+        let equal = libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K;
+        program.push(instruction(equal, numbers.len() - n, u32::try_from(*number)?)?);
+    }
+    let answer = libc::BPF_RET | libc::BPF_K;
+    program.push(instruction(answer, 0, libc::SECCOMP_RET_ALLOW)?);
+    program.push(instruction(answer, 0, libc::SECCOMP_RET_ERRNO | error)?);
+    let len = u16::try_from(program.len())?;
+    let program = libc::sock_fprog { len, filter: program.as_mut_ptr() };
+    let mode = usize::try_from(libc::SECCOMP_SET_MODE_FILTER)?;
+    let flags = usize::try_from(flags)?;
+    call(libc::SYS_seccomp, [mode, flags, &raw const program as usize, 0, 0, 0])
+        .context("seccomp")?;
+    Ok(())
 }
