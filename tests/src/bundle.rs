@@ -12,7 +12,7 @@ use std::{
 };
 
 use anyhow::{Context, Result, bail, ensure};
-use oci_spec::runtime::{ProcessBuilder, RootBuilder, Spec};
+use oci_spec::runtime::{LinuxNamespaceType, ProcessBuilder, RootBuilder, Spec};
 
 use crate::hosts::{BRIDGE, Host, PREFIX};
 
@@ -35,6 +35,7 @@ pub struct Bundle {
     env: Vec<String>,
     cgroup: String,
     annotations: HashMap<String, String>,
+    netns: Option<PathBuf>,
 }
 
 impl Bundle {
@@ -54,6 +55,7 @@ impl Bundle {
             env: vec!["PATH=/usr/sbin:/usr/bin:/sbin:/bin".to_owned()],
             cgroup: cgroup.into(),
             annotations: HashMap::new(),
+            netns: None,
         })
     }
 
@@ -138,6 +140,12 @@ impl Bundle {
             .annotate("dunlin.network.mac", &format!("02:00:{a:02x}:{b:02x}:{c:02x}:{d:02x}"))
     }
 
+    /// Has it join a network namespace instead of making one.
+    pub fn netns(&mut self, path: impl Into<PathBuf>) -> &mut Self {
+        self.netns = Some(path.into());
+        self
+    }
+
     /// What will be in `config.json`.
     pub fn spec(&self) -> Result<Spec> {
         ensure!(!self.args.is_empty(), "the container of {} runs nothing", self.folder.display());
@@ -154,6 +162,11 @@ impl Bundle {
             .set_annotations(Some(self.annotations.clone()));
         let linux = spec.linux_mut().as_mut().context("the default spec is for Linux")?;
         linux.set_cgroups_path(Some(self.cgroup.clone().into()));
+        for namespace in linux.namespaces_mut().iter_mut().flatten() {
+            if namespace.typ() == LinuxNamespaceType::Network {
+                namespace.set_path(self.netns.clone());
+            }
+        }
         Ok(spec)
     }
 

@@ -21,11 +21,13 @@ use redis::{Client, Connection, IntoConnectionInfo, TypedCommands, io::tcp::TcpS
 
 use crate::hosts::Host;
 
-/// How long the writer waits for a connection, and for an answer.
-///
-/// Shorter than the kernel's first SYN retry (1 s): what is measured is the
-/// service and not TCP's patience.
-const PATIENCE: Duration = Duration::from_millis(50);
+/// Patience of a client whose connections break when the server moves: less
+/// than the kernel's first SYN retry (1 s), since what is measured is the
+/// service and not TCP.
+pub const IMPATIENT: Duration = Duration::from_millis(50);
+
+/// Patience of a client whose connections are kept.
+pub const PATIENT: Duration = Duration::from_secs(30);
 
 /// Bytes of one value that [`fill`] writes.
 const VALUE: usize = 64 << 10;
@@ -60,12 +62,13 @@ pub struct Seen {
 }
 
 impl Writer {
-    /// Starts to write from `host` to the Redis at `address`.
-    pub fn start(host: &Host, address: Ipv4Addr) -> Result<Self> {
+    /// Starts to write from `host` to the Redis at `address`, connecting anew
+    /// whenever there is no answer for `patience`.
+    pub fn start(host: &Host, address: Ipv4Addr, patience: Duration) -> Result<Self> {
         let stop = Arc::new(AtomicBool::new(false));
         let book = Arc::new(Mutex::new(Book::default()));
         let (stopped, shared) = (Arc::clone(&stop), Arc::clone(&book));
-        let thread = host.thread(move || write(address, &stopped, &shared))?;
+        let thread = host.thread(move || write(address, patience, &stopped, &shared))?;
         Ok(Self { stop, book, thread })
     }
 
@@ -145,14 +148,15 @@ impl Book {
 pub fn connect(host: &Host, address: Ipv4Addr, patience: Duration) -> Result<Connection> {
     let deadline = Instant::now() + patience;
     loop {
-        match host.with(|| open(address))? {
+        match host.with(|| open(address, IMPATIENT))? {
             Err(err) if deadline <= Instant::now() => {
                 return Err(err).context(format!("Redis at {address} does not answer"));
             }
             // Refused at once while it starts.
             Err(_) => thread::sleep(Duration::from_millis(5)),
             Ok(connection) => {
-                connection.set_read_timeout(Some(Duration::from_secs(30)))?;
+                connection.set_read_timeout(Some(PATIENT))?;
+                connection.set_write_timeout(Some(PATIENT))?;
                 return Ok(connection);
             }
         }
@@ -195,24 +199,24 @@ fn key(n: usize) -> String {
     format!("write:{n}")
 }
 
-fn open(address: Ipv4Addr) -> Result<Connection> {
+fn open(address: Ipv4Addr, patience: Duration) -> Result<Connection> {
     let info = (address.to_string(), 6379).into_connection_info()?;
     let redis = info.redis_settings().clone().set_skip_set_lib_name();
     let info =
         info.set_redis_settings(redis).set_tcp_settings(TcpSettings::default().set_nodelay(true));
-    let connection = Client::open(info)?.get_connection_with_timeout(PATIENCE)?;
-    connection.set_read_timeout(Some(PATIENCE))?;
-    connection.set_write_timeout(Some(PATIENCE))?;
+    let connection = Client::open(info)?.get_connection_with_timeout(patience)?;
+    connection.set_read_timeout(Some(patience))?;
+    connection.set_write_timeout(Some(patience))?;
     Ok(connection)
 }
 
 /// The writer's thread.
-fn write(address: Ipv4Addr, stop: &AtomicBool, book: &Mutex<Book>) {
+fn write(address: Ipv4Addr, patience: Duration, stop: &AtomicBool, book: &Mutex<Book>) {
     let mut connection = None;
     let mut number = 0;
     while !stop.load(Ordering::Relaxed) {
         let Some(open) = &mut connection else {
-            connection = open(address).ok();
+            connection = open(address, patience).ok();
             continue;
         };
         let answer = open.set(key(number), number);
@@ -256,7 +260,7 @@ mod tests {
         let mut redis = server.spawn(&mut command).unwrap();
         let mut connection = connect(client, server.address(), Duration::from_secs(10)).unwrap();
         fill(&mut connection, 1 << 20).unwrap();
-        let writer = Writer::start(client, server.address()).unwrap();
+        let writer = Writer::start(client, server.address(), IMPATIENT).unwrap();
         let start = Instant::now();
         let at = writer.next_acknowledgement(start, Duration::from_secs(10)).unwrap();
         writer.next_acknowledgement(at, Duration::from_secs(10)).unwrap();

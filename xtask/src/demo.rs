@@ -11,7 +11,7 @@ use dunlin_tests::{
     bundle::{self, Bundle},
     hosts::Hosts,
     node::{self, Node},
-    writer::{self, Writer},
+    writer::{self, IMPATIENT, Writer},
 };
 use serde::Serialize;
 
@@ -30,13 +30,13 @@ pub(crate) struct Args {
 }
 
 /// The container's id.
-const ID: &str = "redis";
+pub(crate) const ID: &str = "redis";
 
 /// The container's address, which moves with it.
-const ADDRESS: Ipv4Addr = Ipv4Addr::new(10, 71, 0, 100);
+pub(crate) const ADDRESS: Ipv4Addr = Ipv4Addr::new(10, 71, 0, 100);
 
 /// How long anything that should happen at once may take.
-const PATIENCE: Duration = Duration::from_secs(30);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(30);
 
 /// What came out. Times in milliseconds.
 #[derive(Debug, Serialize)]
@@ -75,7 +75,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     told("two hosts, a and b, and one for the client are on one switch".to_owned());
     let mut connection = stage.start_redis(args.memory)?;
     told(format!("redis runs on a with {} MiB of data", args.memory));
-    let writer = Writer::start(&stage.hosts["client"], ADDRESS)?;
+    let writer = Writer::start(&stage.hosts["client"], ADDRESS, IMPATIENT)?;
     let start = writer.next_acknowledgement(Instant::now(), PATIENCE)?;
     told("the client writes without pause".to_owned());
     let mut rounds = Vec::with_capacity(args.rounds);

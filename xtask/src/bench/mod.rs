@@ -7,6 +7,7 @@
 
 mod limits;
 mod machine;
+mod redis;
 
 use std::{fs, path::PathBuf};
 
@@ -79,12 +80,15 @@ struct Results {
 /// Measures what `args` ask for and prints a table.
 pub(crate) fn run(args: &Args) -> Result<()> {
     ensure!(0 < args.repetitions, "nothing is measured in no repetitions");
-    let mut not_measured = Vec::new();
+    let mut not_measured: Vec<String> = Vec::new();
     let wanted = |name: &str| {
         args.names.is_empty() || args.names.iter().any(|wanted| name.starts_with(wanted.as_str()))
     };
     let mut benches: Vec<Box<dyn Bench>> = Vec::new();
+    let criu_lacks = redis::criu_lacks();
+    not_measured.extend(criu_lacks.as_ref().map(|why| format!("runc and CRIU, because {why}")));
     benches.extend(limits::benches());
+    benches.extend(redis::benches(criu_lacks.is_none()));
     benches.retain(|bench| wanted(&bench.name()));
     ensure!(!benches.is_empty(), "there is no bench of that name");
     let mut entries = Vec::new();
@@ -92,7 +96,6 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         println!("measuring {}", bench.name());
         entries.extend(repeat(bench.as_mut(), args.repetitions)?);
     }
-    not_measured.sort();
     let results = Results { machine: machine::Machine::look()?, entries, not_measured };
     print!("{}", table(&results));
     if let Some(path) = &args.json {
