@@ -106,7 +106,8 @@ pub(crate) fn report(opts: &GlobalOpts, err: &anyhow::Error, code: u8) -> ExitCo
         tracing::error!("{text}");
     }
     if opts.log.is_some() || !json {
-        say(&text);
+        // Callers look for the word, in the suites of other runtimes too.
+        say(&format!("error: {text}"));
         if let Some(now) = now {
             say(now);
         }

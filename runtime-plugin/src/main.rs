@@ -6,6 +6,7 @@
 mod cli;
 mod clocks;
 mod commands;
+mod console;
 mod container;
 mod create;
 mod foreground;

@@ -3,7 +3,8 @@
 //! Says what the image is to people and to `restore`; nothing in it is trusted
 //! beyond that.
 
-use std::fs;
+use std::fs::{self, OpenOptions};
+use std::io::Write;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
@@ -14,6 +15,8 @@ use serde::{Deserialize, Serialize};
 use crate::clocks::Clocks;
 
 const NAME: &str = "manifest.json";
+/// podman takes a checkpoint without this file of CRIU's for incomplete.
+const INVENTORY: &str = "inventory.img";
 const VERSION: u32 = 1;
 
 /// A description of one checkpoint.
@@ -49,17 +52,8 @@ impl Manifest {
 
     /// Writes it into a checkpoint directory.
     pub(crate) fn save(&self, dir: &Path) -> Result<()> {
-        let path = dir.join(NAME);
-        let file = fs::OpenOptions::new()
-            .write(true)
-            .create(true)
-            .truncate(true)
-            .mode(0o600)
-            .open(&path)
-            .with_context(|| format!("cannot write {}", path.display()))?;
-        serde_json::to_writer_pretty(&file, self)
-            .with_context(|| format!("cannot write {}", path.display()))?;
-        file.sync_all().with_context(|| format!("cannot write {}", path.display()))
+        write(&dir.join(NAME), &serde_json::to_string_pretty(self)?)?;
+        write(&dir.join(INVENTORY), "dunlin: see manifest.json")
     }
 
     /// Reads the one of a checkpoint directory.
@@ -73,4 +67,14 @@ impl Manifest {
         }
         Ok(manifest)
     }
+}
+
+fn write(path: &Path, text: &str) -> Result<()> {
+    let write = || {
+        let mut file =
+            OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(path)?;
+        writeln!(file, "{text}")?;
+        file.sync_all()
+    };
+    write().with_context(|| format!("cannot write {}", path.display()))
 }

@@ -33,12 +33,14 @@ pub(crate) fn process(spec: &Spec) -> Result<&Process> {
     spec.process().as_ref().context("the specification has no process")
 }
 
-/// Whether the process wants a terminal and gets one.
-///
-/// # Errors
-/// When a terminal is wanted and there is nobody to hand it to, or the reverse.
+/// Whether the process wants a terminal.
+pub(crate) fn has_terminal(process: &Process) -> bool {
+    process.terminal().unwrap_or(false)
+}
+
+/// Refuses a terminal that nobody takes and a taker without a terminal.
 pub(crate) fn check_terminal(process: &Process, console_socket: Option<&Path>) -> Result<()> {
-    match (process.terminal().unwrap_or(false), console_socket) {
+    match (has_terminal(process), console_socket) {
         (true, None) => bail!("a process with a terminal needs --console-socket"),
         (false, Some(_)) => bail!("--console-socket is given but the process has no terminal"),
         _ => Ok(()),

@@ -10,6 +10,7 @@ use oci_spec::runtime::Spec;
 
 use super::kill;
 use crate::cli::Cli;
+use crate::console::Console;
 use crate::container::Root;
 use crate::create::{Created, Creation};
 use crate::log::Afterwards;
@@ -53,33 +54,43 @@ pub(crate) fn run(root: &Root, cli: &Cli, args: &Run) -> Result<u8> {
         prctl::set_child_subreaper(true).context("cannot become a subreaper")?;
     }
     let made = load(root, cli, &args.container_id, &args.bundle).and_then(|spec| {
-        Creation {
+        let given = args.console_socket.as_deref();
+        let console = Console::if_needed(root, spec::process(&spec)?, args.detach, given)?;
+        let own = console.as_ref().map(Console::path);
+        let creation = Creation {
             root,
             id: &args.container_id,
             bundle: &args.bundle,
             spec,
             pid_file: args.pid_file.as_deref(),
-            console_socket: args.console_socket.as_deref(),
+            console_socket: own.as_deref().or(given),
             preserve_fds: args.preserve_fds,
             no_pivot: args.no_pivot,
             systemd: cli.global.systemd_cgroup,
             executor: Box::new(Program),
             muted: false,
-        }
-        .create()
+        };
+        Ok((creation.create()?, console))
     });
-    let Created { mut container, .. } = made
+    let (Created { mut container, .. }, console) = made
         .with_context(|| format!("cannot create {}", args.container_id))
         .afterwards(|| "nothing was created".into())?;
     let init = container.pid().context("the container has no init")?;
-    if let Err(err) = start_program(&mut container) {
-        kill::remove(container, true)?;
-        return Err(err);
-    }
+    let started = console
+        .map(Console::accept)
+        .transpose()
+        .and_then(|terminal| start_program(&mut container).map(|()| terminal));
+    let terminal = match started {
+        Ok(terminal) => terminal,
+        Err(err) => {
+            kill::remove(container, true)?;
+            return Err(err);
+        }
+    };
     if args.detach {
         return Ok(0);
     }
-    let code = foreground::wait(init);
+    let code = foreground::wait(init, terminal);
     if !args.keep {
         kill::remove(root.load(&args.container_id)?, true)?;
     }

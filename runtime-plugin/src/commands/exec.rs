@@ -23,6 +23,7 @@ use oci_spec::runtime::{
     LinuxNamespaceBuilder, LinuxNamespaceType, Process,
 };
 
+use crate::console::{Console, Terminal};
 use crate::container::Root;
 use crate::create::end_children;
 use crate::program::Program;
@@ -47,12 +48,13 @@ pub(crate) fn exec(root: &Root, args: &Exec) -> Result<u8> {
             tracing::warn!("{err:#}");
         }
     });
-    let pid = joined.with_context(|| format!("cannot exec in {}", args.container_id))?;
-    if args.detach { Ok(0) } else { foreground::wait(pid) }
+    let (pid, terminal) =
+        joined.with_context(|| format!("cannot exec in {}", args.container_id))?;
+    if args.detach { Ok(0) } else { foreground::wait(pid, terminal) }
 }
 
 /// Starts the process and returns when it runs its program.
-fn join(root: &Root, container: &Container, args: &Exec) -> Result<Pid> {
+fn join(root: &Root, container: &Container, args: &Exec) -> Result<(Pid, Option<Terminal>)> {
     let mut spec = spec::load(container.bundle(), root, container.id(), container.systemd())?;
     let process = match &args.process {
         Some(path) => {
@@ -63,7 +65,11 @@ fn join(root: &Root, container: &Container, args: &Exec) -> Result<Pid> {
         }
         None => process_from_flags(spec::process(&spec)?, args)?,
     };
-    spec::check_terminal(&process, args.console_socket.as_deref())?;
+    let given = args.console_socket.as_deref();
+    let own = Console::if_needed(root, &process, args.detach, given)?;
+    let own_path = own.as_ref().map(Console::path);
+    let console_socket = own_path.as_deref().or(given);
+    spec::check_terminal(&process, console_socket)?;
     let init = container.pid().context("the container has no init")?;
     let linux = spec.linux().as_ref().context("the specification has no linux section")?;
     let mut inside = LinuxBuilder::default().build()?;
@@ -80,7 +86,7 @@ fn join(root: &Root, container: &Container, args: &Exec) -> Result<Pid> {
 
     let scratch = Scratch::new(container)?;
     let notify = scratch.0.join("notify.sock");
-    let console: Option<OwnedFd> = match &args.console_socket {
+    let console: Option<OwnedFd> = match console_socket {
         Some(path) => {
             let path = path.canonicalize().context("cannot find the console socket")?;
             Some(tty::setup_console_socket(&scratch.0, &path, "console.sock")?)
@@ -115,6 +121,7 @@ fn join(root: &Root, container: &Container, args: &Exec) -> Result<Pid> {
         spec: Rc::new(spec),
     };
     let pid = container_main_process(&process)?;
+    let terminal = own.map(Console::accept).transpose()?;
     NotifySocket::new(notify).notify_container_start()?;
     drop(report);
     let mut text = String::new();
@@ -122,7 +129,7 @@ fn join(root: &Root, container: &Container, args: &Exec) -> Result<Pid> {
     if !text.is_empty() {
         bail!(text);
     }
-    Ok(pid)
+    Ok((pid, terminal))
 }
 
 /// The container's own process, changed as the flags say.

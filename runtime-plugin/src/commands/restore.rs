@@ -4,14 +4,14 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result, bail};
 use clap::Args;
-use dunlin_checkpoint::image::{FileSource, ImageSource};
-use dunlin_checkpoint::{RestoreReport, TcpPolicy};
+use dunlin_checkpoint::TcpPolicy;
+use dunlin_checkpoint::image::FileSource;
 use libcontainer::container::Container;
 use nix::sys::prctl;
 
 use super::kill;
 use crate::cli::Cli;
-use crate::clocks::Clocks;
+use crate::console::{Console, Terminal};
 use crate::container::Root;
 use crate::create::Creation;
 use crate::log::Afterwards;
@@ -112,19 +112,18 @@ pub(crate) fn restore(root: &Root, cli: &Cli, args: &Restore) -> Result<u8> {
         prctl::set_child_subreaper(true).context("cannot become a subreaper")?;
     }
     let id = &args.container_id;
-    let (container, report) = build(root, cli, args)
+    let (container, terminal) = build(root, cli, args)
         .with_context(|| format!("cannot restore {id}"))
         .afterwards(|| "nothing was created; the image is as before".into())?;
-    tracing::info!(%id, ?report, "container restored");
     if args.detach {
         return Ok(0);
     }
-    let code = foreground::wait(container.pid().context("the container has no init")?);
+    let code = foreground::wait(container.pid().context("the container has no init")?, terminal);
     kill::remove(root.load(id)?, true)?;
     code
 }
 
-fn build(root: &Root, cli: &Cli, args: &Restore) -> Result<(Container, RestoreReport)> {
+fn build(root: &Root, cli: &Cli, args: &Restore) -> Result<(Container, Option<Terminal>)> {
     args.judge()?;
     let image = args.image_path.display();
     let manifest = Manifest::load(&args.image_path)?;
@@ -137,33 +136,29 @@ fn build(root: &Root, cli: &Cli, args: &Restore) -> Result<(Container, RestoreRe
     let mut source = FileSource::open(&args.image_path)
         .with_context(|| format!("cannot read the image in {image}"))?;
     let spec = spec::load(&args.bundle, root, &args.container_id, cli.global.systemd_cgroup)?;
+    let given = args.console_socket.as_deref();
+    let console = Console::if_needed(root, spec::process(&spec)?, args.detach, given)?;
+    let own = console.as_ref().map(Console::path);
     let creation = Creation {
         root,
         id: &args.container_id,
         bundle: &args.bundle,
         spec,
         pid_file: args.pid_file.as_deref(),
-        console_socket: args.console_socket.as_deref(),
+        console_socket: own.as_deref().or(given),
         preserve_fds: 0,
         no_pivot: args.no_pivot,
         systemd: cli.global.systemd_cgroup,
         executor: Box::new(Program),
         muted: true,
     };
-    fill(creation, manifest.clocks, &mut source)
-}
-
-/// Makes the sandbox, builds the tree in it and lets it run.
-fn fill(
-    creation: Creation<'_>,
-    clocks: Option<Clocks>,
-    source: &mut dyn ImageSource,
-) -> Result<(Container, RestoreReport)> {
-    let mut sandbox = Sandbox::make(creation, clocks).context("cannot make the sandbox")?;
+    let mut sandbox =
+        Sandbox::make(creation, manifest.clocks).context("cannot make the sandbox")?;
+    let terminal = console.map(Console::accept).transpose()?;
     let place = dunlin_checkpoint::Sandbox { init: sandbox.init(), stdio: sandbox.stdio()? };
-    let nascent = dunlin_checkpoint::restore(place, source)?;
-    let report = nascent.report().clone();
+    let nascent = dunlin_checkpoint::restore(place, &mut source)?;
+    tracing::info!(id = %args.container_id, report = ?nascent.report(), "tree built");
     sandbox.unmute()?;
     nascent.thaw()?;
-    Ok((sandbox.commit()?, report))
+    Ok((sandbox.commit()?, terminal))
 }

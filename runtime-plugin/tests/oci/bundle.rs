@@ -18,9 +18,9 @@ use serde_json::{Value, json};
 use tempfile::TempDir;
 
 /// Programs of busybox that the tests call by name.
-const APPLETS: [&str; 14] = [
+const APPLETS: [&str; 16] = [
     "cat", "echo", "false", "grep", "hostname", "id", "ip", "kill", "ls", "mkdir", "mount", "sh",
-    "sleep", "true",
+    "sleep", "stty", "true", "tty",
 ];
 
 /// Says so when we are not root.

@@ -82,14 +82,20 @@ fn only_what_runs_can_be_checkpointed() {
     }
     let bundle = Bundle::new(&["sleep", "60"]);
     let text = bundle.fails(&["checkpoint", "c"]);
-    assert_eq!(text, "container c does not exist\n");
+    assert_eq!(text, "error: container c does not exist\n");
     bundle.ok(&["create", "--bundle", bundle.dir(), "c"]);
     let text = bundle.fails(&["checkpoint", "c"]);
-    assert_eq!(text, "cannot checkpoint c: it is created, not running\nc is created as before\n");
+    assert_eq!(
+        text,
+        "error: cannot checkpoint c: it is created, not running\nc is created as before\n"
+    );
     bundle.ok(&["start", "c"]);
     bundle.ok(&["pause", "c"]);
     let text = bundle.fails(&["checkpoint", "c"]);
-    assert_eq!(text, "cannot checkpoint c: it is paused; resume it first\nc is paused as before\n");
+    assert_eq!(
+        text,
+        "error: cannot checkpoint c: it is paused; resume it first\nc is paused as before\n"
+    );
 }
 
 #[test]
@@ -104,7 +110,7 @@ fn a_bad_image_leaves_nothing_behind() {
         let pid_file = bundle.path("pid");
         let flags = ["--detach", "--pid-file", pid_file.to_str().unwrap()];
         let text = bundle.fails(&restore(&bundle, path, &flags));
-        assert!(text.starts_with("cannot restore c: "), "{what}: {text}");
+        assert!(text.starts_with("error: cannot restore c: "), "{what}: {text}");
         assert_eq!(bundle.leftovers(), Vec::<String>::new(), "{what}");
         assert!(!pid_file.exists(), "{what}");
     };

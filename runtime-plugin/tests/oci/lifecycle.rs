@@ -1,6 +1,7 @@
 //! Commands of the OCI command line.
 
 use std::fs;
+use std::io::Write;
 use std::process::Stdio;
 
 use serde_json::json;
@@ -318,7 +319,7 @@ fn an_unknown_id_is_an_error() {
     let bundle = Bundle::new(&["true"]);
     for command in ["start", "state", "pause", "resume", "delete", "ps", "events"] {
         let text = bundle.fails(&[command, "nobody"]);
-        assert_eq!(text, "container nobody does not exist\n", "{command}");
+        assert_eq!(text, "error: container nobody does not exist\n", "{command}");
     }
     bundle.ok(&["delete", "--force", "nobody"]);
 }
@@ -329,7 +330,7 @@ fn json_log_tells_the_caller_why() {
     let log = bundle.path("log.json");
     let flags = ["--log", log.to_str().unwrap(), "--log-format", "json", "state", "nobody"];
     let text = bundle.fails(&flags);
-    assert_eq!(text, "container nobody does not exist\n");
+    assert_eq!(text, "error: container nobody does not exist\n");
     let line: serde_json::Value = serde_json::from_slice(&fs::read(log).unwrap()).unwrap();
     assert_eq!(line["level"], "error");
     assert_eq!(line["msg"], "container nobody does not exist");
@@ -346,4 +347,32 @@ fn features_and_version_are_parseable() {
     assert!(bundle.ok(&["info"]).contains("Kernel"));
     let usage = bundle.command(&["nonsense"]).stderr(Stdio::null()).status().unwrap();
     assert_eq!(usage.code(), Some(1));
+}
+
+#[test]
+fn a_terminal_in_the_foreground_is_ours() {
+    if needs_root() {
+        return;
+    }
+    let program = "stty size; read word; echo got $word; tty; exit 5";
+    let bundle = Bundle::with(&["sh", "-c", program], |spec| {
+        spec["process"]["terminal"] = json!(true);
+    });
+    let size = nix::pty::Winsize { ws_row: 33, ws_col: 77, ws_xpixel: 0, ws_ypixel: 0 };
+    let ours = nix::pty::openpty(Some(&size), None).unwrap();
+    let mut run = bundle.command(&["run", "--bundle", bundle.dir(), "c"]);
+    run.stdin(ours.slave).stdout(bundle.output_file("c"));
+    let mut run = run.spawn().unwrap();
+    let mut keys = fs::File::from(ours.master);
+    until("it knows the size", || bundle.output_of("c").contains("33 77"));
+    keys.write_all(b"hello\r").unwrap();
+    assert_eq!(run.wait().unwrap().code(), Some(5));
+    let output = bundle.output_of("c");
+    assert!(output.contains("got hello"), "{output}");
+    assert!(output.contains("/dev/pts/0") || output.contains("/dev/console"), "{output}");
+    assert_eq!(bundle.leftovers(), Vec::<String>::new());
+
+    let detached = bundle.fails(&["run", "--bundle", bundle.dir(), "--detach", "c"]);
+    assert!(detached.contains("needs --console-socket"), "{detached}");
+    assert_eq!(bundle.leftovers(), Vec::<String>::new());
 }
