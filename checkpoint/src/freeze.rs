@@ -223,6 +223,15 @@ impl FrozenTree {
 
     /// Lets go of every process but leaves it stopped.
     pub(crate) fn park(&mut self) -> Result<(), DumpError> {
+        for Process { pid, threads, remote, .. } in &mut self.processes {
+            // Before the stop is queued: it would end the stub's last batch.
+            if let (Some(remote), Some(leader)) = (remote.take(), threads.first()) {
+                remote.remove(leader).map_err(|source| {
+                    let what = "remove the stub";
+                    DumpError::Process { what, pid: *pid, source }
+                })?;
+            }
+        }
         for process in self.processes.iter().filter(|p| !p.is_zombie()) {
             // Takes effect when the thread is let go, before its next
             // instruction.
