@@ -23,8 +23,9 @@ use uuid::Uuid;
 use crate::{
     ErrorCode, Problem,
     rest::{
-        CanAccept, CheckpointRequest, Container, ContainerId, Drain, DrainRequest, Event,
-        HookState, MigrateRequest, Migration, Node, PeerMigration, RestoreRequest, Verdict,
+        Acceptance, CanAccept, CheckpointRequest, Container, ContainerId, Drain, DrainRequest,
+        Event, HookState, MigrateRequest, Migration, Node, PeerMigration, ResolveRequest,
+        RestoreRequest, Verdict,
     },
     wire,
 };
@@ -209,6 +210,11 @@ impl Client {
         self.ask(Method::DELETE, &format!("/v1/migrations/{id}"), None::<&()>).await
     }
 
+    /// `POST /v1/migrations/{id}/resolve`.
+    pub async fn resolve(&self, id: Uuid, request: &ResolveRequest) -> Result<Migration, Problem> {
+        self.post(&format!("/v1/migrations/{id}/resolve"), request).await
+    }
+
     /// `GET /v1/migrations/{id}/events`.
     pub async fn events(&self, id: Uuid) -> Result<Events, Problem> {
         let path = format!("/v1/migrations/{id}/events");
@@ -243,7 +249,7 @@ impl Client {
     }
 
     /// `POST /v1/peer/can-accept`.
-    pub async fn can_accept(&self, request: &CanAccept) -> Result<Verdict, Problem> {
+    pub async fn can_accept(&self, request: &CanAccept) -> Result<Acceptance, Problem> {
         self.post("/v1/peer/can-accept", request).await
     }
 

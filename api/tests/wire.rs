@@ -72,7 +72,7 @@ fn destination(stream: UnixStream) -> Seen {
         }
         let committed = link.ready(Sums { processes: 1, ..Sums::default() })?;
         seen.ran = true;
-        link.running(&committed, Arrived { thaw_us: 3 })
+        link.running(committed, Arrived { thaw_us: 3 })
     };
     seen.failure = run().err();
     seen

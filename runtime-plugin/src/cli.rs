@@ -9,6 +9,7 @@ use liboci_cli::{CommonCmd, GlobalOpts, StandardCmd};
 
 use crate::commands::checkpoint::Checkpoint;
 use crate::commands::restore::Restore;
+use crate::receive::Receive;
 
 /// Runs OCI containers and moves them between hosts.
 #[derive(Debug, Parser)]
@@ -35,6 +36,7 @@ pub(crate) enum Command {
     Common(Box<CommonCmd>),
     Checkpoint(Box<Checkpoint>),
     Restore(Box<Restore>),
+    Receive(Box<Receive>),
     /// Shows what this host offers to containers
     Info,
 }
@@ -45,7 +47,7 @@ impl Command {
         match self {
             Self::Standard(command) => matches!(**command, StandardCmd::Create(_)),
             Self::Common(command) => matches!(**command, CommonCmd::Run(_) | CommonCmd::Exec(_)),
-            Self::Restore(_) => true,
+            Self::Restore(_) | Self::Receive(_) => true,
             Self::Checkpoint(_) | Self::Info => false,
         }
     }
@@ -103,10 +105,8 @@ fn usage(err: &clap::Error) -> ExitCode {
         // podman looks for runc's words to learn that a flag is known.
         let given = err.get(ContextKind::InvalidValue).map(ToString::to_string);
         let flag = err.get(ContextKind::InvalidArg).map(ToString::to_string);
-        if let (Some(""), Some(flag)) = (given.as_deref(), flag)
-            && flag.starts_with("--")
-        {
-            crate::log::say(&format!("error: flag needs an argument: {flag}"));
+        if let (Some(""), Some(flag)) = (given.as_deref(), flag) {
+            crate::log::say(&format!("flag needs an argument: {flag}"));
             return ExitCode::FAILURE;
         }
     }

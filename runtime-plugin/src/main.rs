@@ -14,6 +14,7 @@ mod log;
 mod manifest;
 mod network;
 mod program;
+mod receive;
 mod sandbox;
 mod spec;
 
@@ -74,6 +75,7 @@ fn run(cli: &Cli) -> Result<u8> {
         },
         Command::Checkpoint(args) => commands::checkpoint::checkpoint(&root, args),
         Command::Restore(args) => commands::restore::restore(&root, cli, args),
+        Command::Receive(args) => receive::receive(&root, cli, args),
         Command::Info => commands::info::info(),
     }
 }

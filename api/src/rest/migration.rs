@@ -174,3 +174,22 @@ pub struct Migration {
 
 /// One event of a migration's stream: the whole migration as it stands then.
 pub type Event = Migration;
+
+/// How an operator ends a doubt by hand.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct ResolveRequest {
+    /// Where it runs, as the operator has made sure.
+    pub runs: Runs,
+}
+
+/// Where a container in doubt runs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum Runs {
+    /// At the destination: the stopped original is ended.
+    There,
+    /// Not at the destination: the original runs on. If it does run there,
+    /// there are two of it from then on.
+    Here,
+}

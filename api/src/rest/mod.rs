@@ -13,10 +13,11 @@ pub use container::{CheckpointRequest, Container, HookState, Origin, RestoreRequ
 pub use drain::{Drain, DrainRequest, DrainState};
 pub use id::{BadId, ContainerId};
 pub use migration::{
-    Event, MigrateOptions, MigrateRequest, Migration, Phase, Progress, Report, TcpPolicy,
+    Event, MigrateOptions, MigrateRequest, Migration, Phase, Progress, Report, ResolveRequest,
+    Runs, TcpPolicy,
 };
 pub use node::{Node, Peer};
-pub use peer::{CanAccept, PeerMigration, PeerOutcome};
+pub use peer::{Acceptance, CanAccept, Instance, PeerMigration, PeerOutcome};
 pub use state::{DestinationState, MigrationState, SourceState};
 pub use verdict::{Finding, Judgement, Verdict};
 

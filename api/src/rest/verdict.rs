@@ -3,6 +3,8 @@
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
+use crate::ErrorCode;
+
 /// How well one object can move.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "lowercase")]
@@ -28,6 +30,8 @@ pub struct Finding {
     pub reason: String,
     /// What the user can do about it; empty when there is nothing.
     pub remedy: String,
+    /// What a migration refused for this fails with.
+    pub code: ErrorCode,
 }
 
 /// The verdict on a container and a destination.

@@ -139,7 +139,7 @@ impl DestinationLink {
     }
 
     /// Says that it runs here.
-    pub fn running(mut self, _: &Committed, arrived: Arrived) -> Result<(), LinkError> {
+    pub fn running(mut self, _: Committed, arrived: Arrived) -> Result<(), LinkError> {
         self.say(&Message::Running(arrived))
     }
 

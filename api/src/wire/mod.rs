@@ -30,7 +30,7 @@ pub use header::{FrameError, Header, Kind, MAX_BODY, PREFIX, Prefix};
 pub use link::{Beat, Frame, Limits, LinkError, Receiver, Sender};
 pub use message::{Arrived, Bundle, Clocks, End, Hello, MAGIC, Message, Needs, Offer, Sums};
 pub use phase::{OutOfOrder, Phase, Side};
-pub use source::{PeerReady, SourceLink, Unanswered};
+pub use source::{Canceller, PeerReady, SourceLink, Unanswered};
 
 /// Versions of the protocol spoken here, the newest last.
 pub const VERSIONS: &[u16] = &[1];

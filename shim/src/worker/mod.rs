@@ -1,0 +1,154 @@
+//! Worker processes: a migration's blocking half, apart from the daemon so that
+//! a crash of either is survived alone.
+//!
+//! Its stdin is the peer's stream, its stdout a socket on which [`Event`]s and
+//! [`Reply`]s go as lines of JSON, its stderr a log file.
+
+pub(crate) mod source;
+pub(crate) mod tree;
+
+use std::{
+    fs::{File, OpenOptions},
+    io,
+    os::{fd::OwnedFd, unix::fs::OpenOptionsExt},
+    path::Path,
+    process::Stdio,
+};
+
+use dunlin_api::{
+    client::Conn,
+    worker::{Event, Reply},
+};
+use rustix::process::Signal;
+use tokio::{
+    io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader},
+    net::{
+        UnixStream,
+        unix::{OwnedReadHalf, OwnedWriteHalf},
+    },
+    process::Command,
+};
+
+use crate::{
+    process::Process,
+    reaper::{self, Own},
+};
+
+/// Longest line a worker may write.
+const MAX_LINE: u64 = 1 << 20;
+
+/// The daemon's end of a worker.
+pub(crate) struct Worker {
+    child: Own,
+    /// Which process it is.
+    pub(crate) process: Option<Process>,
+    events: BufReader<OwnedReadHalf>,
+    replies: OwnedWriteHalf,
+}
+
+impl Worker {
+    /// Starts `command` with `stream` as its stdin; its stderr is appended to `log`.
+    pub(crate) fn spawn(
+        mut command: Command,
+        stream: Option<OwnedFd>,
+        log: &Path,
+    ) -> io::Result<Self> {
+        let (ours, theirs) = std::os::unix::net::UnixStream::pair()?;
+        ours.set_nonblocking(true)?;
+        command
+            .stdin(stream.map_or_else(Stdio::null, Stdio::from))
+            .stdout(Stdio::from(OwnedFd::from(theirs)))
+            .stderr(append(log)?)
+            // Away from the terminal's ^C: the daemon tells it when to stop.
+            .process_group(0);
+        let child = reaper::spawn(&mut command)?;
+        // Our copy of its socket and of the stream must not outlive it here.
+        drop(command);
+        let process = child.id().and_then(|pid| Process::find(pid.try_into().ok()?));
+        let (events, replies) = UnixStream::from_std(ours)?.into_split();
+        Ok(Self { child, process, events: BufReader::new(events), replies })
+    }
+
+    /// The next event, or `None` when the worker has ended.
+    pub(crate) async fn next(&mut self) -> io::Result<Option<Event>> {
+        let mut line = String::new();
+        let mut limited = (&mut self.events).take(MAX_LINE);
+        match limited.read_line(&mut line).await {
+            Ok(0) => Ok(None),
+            // Cut short by the worker's death.
+            Ok(_) if !line.ends_with('\n') => Ok(None),
+            Ok(_) => Ok(Some(serde_json::from_str(&line)?)),
+            Err(err) if err.kind() == io::ErrorKind::ConnectionReset => Ok(None),
+            Err(err) => Err(err),
+        }
+    }
+
+    /// Tells the worker something.
+    pub(crate) async fn reply(&mut self, reply: &Reply) -> io::Result<()> {
+        self.say(reply).await
+    }
+
+    /// Writes any value as a line.
+    pub(crate) async fn say(&mut self, value: &impl serde::Serialize) -> io::Result<()> {
+        let mut line = serde_json::to_vec(value)?;
+        line.push(b'\n');
+        self.replies.write_all(&line).await
+    }
+
+    /// Sends it a signal.
+    pub(crate) fn signal(&self, signal: Signal) {
+        let Some(process) = self.process else { return };
+        if let Err(err) = process.signal(signal) {
+            tracing::error!(pid = process.pid, %err, "cannot signal a worker");
+        }
+    }
+
+    /// Waits for its end and says how it ended.
+    pub(crate) async fn wait(&mut self) -> String {
+        match self.child.wait().await {
+            Ok(status) => status.to_string(),
+            Err(err) => err.to_string(),
+        }
+    }
+}
+
+/// Opens a log file of ours for appending.
+pub(crate) fn append(path: &Path) -> io::Result<File> {
+    if let Some(dir) = path.parent() {
+        std::fs::create_dir_all(dir)?;
+    }
+    OpenOptions::new().create(true).append(true).mode(0o600).open(path)
+}
+
+/// Turns a connection into a descriptor that another process can block on.
+pub(crate) fn into_fd(conn: Conn) -> io::Result<OwnedFd> {
+    match conn {
+        Conn::Tcp(stream) => {
+            let stream = stream.into_std()?;
+            stream.set_nonblocking(false)?;
+            Ok(stream.into())
+        }
+        Conn::Unix(stream) => {
+            let stream = stream.into_std()?;
+            stream.set_nonblocking(false)?;
+            Ok(stream.into())
+        }
+        Conn::Other(mut stream) => {
+            let (ours, theirs) = std::os::unix::net::UnixStream::pair()?;
+            ours.set_nonblocking(true)?;
+            let mut ours = UnixStream::from_std(ours)?;
+            tokio::spawn(async move {
+                // Whatever breaks it is seen by the worker as a broken stream.
+                tokio::io::copy_bidirectional_with_sizes(
+                    &mut ours,
+                    &mut stream,
+                    256 << 10,
+                    256 << 10,
+                )
+                .await
+                .ok();
+            });
+            Ok(theirs.into())
+        }
+    }
+}

@@ -1,0 +1,427 @@
+//! The source of one migration, in a process of its own, blocking.
+//!
+//! ```text
+//! judge -> greet, offer -> freeze -> dump -> (may commit?) -> ready
+//!       -> leave it stopped -> Commit -> Running -> end it
+//! ```
+//!
+//! Up to `Commit` every failure lets the container run on: the frozen tree is
+//! a value whose drop thaws it, and a tracer that is killed lets go of its
+//! tracees. From just before `Commit` it is stopped by itself instead, so that
+//! not even the end of this process lets it run: it may run elsewhere by then.
+
+use std::{
+    io::{self, BufRead, BufReader, IoSlice, Write},
+    os::{fd::AsFd, unix::net::UnixStream},
+    thread,
+    time::{Duration, Instant},
+};
+
+use dunlin_api::{
+    ErrorCode, Problem,
+    rest::{
+        ContainerId, Finding, Judgement, MigrateOptions, Phase, Report, SourceState, TcpPolicy,
+        Verdict,
+    },
+    wire::{
+        Canceller, Clocks, Limits, LinkError, Needs, Offer, PeerReady, SourceLink, Sums, Unanswered,
+    },
+    worker::{Event, Reply},
+};
+use dunlin_checkpoint::{
+    self as engine, DumpError, DumpReport, Frozen,
+    image::{self, ImageSink},
+};
+use nix::{
+    sys::signal::{SigSet, Signal},
+    unistd::Pid,
+};
+use serde::{Deserialize, Serialize};
+
+use super::tree;
+use crate::{host::Host, process::Process};
+
+/// Least time between two reports of progress.
+const PROGRESS: Duration = Duration::from_millis(100);
+
+/// What the daemon asks of a source worker, its first line.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(crate) struct Job {
+    /// First process of the container.
+    pub(crate) init: Process,
+    /// What to offer; without it the container is only judged.
+    pub(crate) offer: Option<Offer>,
+    /// Name of this node.
+    pub(crate) node: String,
+    /// The container.
+    pub(crate) container: ContainerId,
+    /// What was asked.
+    pub(crate) options: MigrateOptions,
+    /// Longest silence of the peer.
+    pub(crate) silence_ms: u64,
+    /// Longest time it may prepare.
+    pub(crate) prepare_s: u64,
+}
+
+impl Job {
+    fn engine_options(&self) -> engine::Options {
+        engine::Options {
+            tcp: match self.options.tcp {
+                TcpPolicy::Keep => engine::TcpPolicy::Keep,
+                TcpPolicy::Close => engine::TcpPolicy::Close,
+                TcpPolicy::Refuse => engine::TcpPolicy::Refuse,
+            },
+            file_locks: self.options.file_locks,
+            external_unix: self.options.external_unix,
+            shell_job: self.options.shell_job,
+        }
+    }
+}
+
+/// Runs the worker: stdout is a socket that takes events and gives replies,
+/// stdin the peer's stream.
+pub(crate) fn run() -> io::Result<()> {
+    let mut shim = Shim::new(UnixStream::from(io::stdout().as_fd().try_clone_to_owned()?))?;
+    // Before any thread starts, so that all of them inherit it.
+    let mut set = SigSet::empty();
+    set.add(Signal::SIGTERM);
+    set.thread_block()?;
+    let mut line = String::new();
+    shim.replies.read_line(&mut line)?;
+    let job: Job = serde_json::from_str(&line)?;
+    if let Err(problem) = work(&job, &mut shim) {
+        tracing::warn!(%problem, "the migration failed");
+        shim.tell(&Event::Failed(problem));
+    }
+    Ok(())
+}
+
+fn work(job: &Job, shim: &mut Shim) -> Result<(), Problem> {
+    let gone = format!("{} has no running process", job.container);
+    if !job.init.is_alive() {
+        return Err(Problem::new(ErrorCode::NotRunning, job.container.as_str(), gone));
+    }
+    let Some(offer) = &job.offer else {
+        let (verdict, needs) = judge(job)?;
+        shim.tell(&Event::Judged(verdict, needs));
+        return Ok(());
+    };
+    let unusable = |err: io::Error| {
+        Problem::new(ErrorCode::Internal, "worker", format!("the stream is unusable: {err}"))
+    };
+    let stdin = io::stdin().as_fd().try_clone_to_owned().map_err(unusable)?;
+    // Any stream socket will do: nothing done with it looks at addresses.
+    let stream = UnixStream::from(stdin);
+    let limits = Limits {
+        silence: Duration::from_millis(job.silence_ms),
+        prepare: Duration::from_secs(job.prepare_s),
+    };
+    let offer = Offer { clocks: clocks(job.init), ..offer.clone() };
+    let report = migrate(&Container(job), &offer, stream, limits, shim)?;
+    shim.tell(&Event::Report(report));
+    Ok(())
+}
+
+/// A running tree, as far as the hand-over is concerned. The tests have
+/// another one than [`Container`].
+pub(crate) trait Tree {
+    /// The same tree, stopped.
+    type Frozen;
+
+    /// Stops it.
+    fn freeze(&self) -> Result<Self::Frozen, DumpError>;
+    /// Writes its image.
+    fn dump(
+        &self,
+        frozen: &mut Self::Frozen,
+        sink: &mut dyn ImageSink,
+    ) -> Result<DumpReport, DumpError>;
+    /// Leaves it stopped, whatever becomes of this process.
+    fn park(&self, frozen: Self::Frozen) -> Result<(), DumpError>;
+    /// Lets it run after it was parked.
+    fn resume(&self);
+    /// Ends it.
+    fn kill(&self);
+}
+
+/// Where the worker's reports go and permission comes from.
+pub(crate) trait Overseer {
+    /// Takes note of something.
+    fn tell(&mut self, event: &Event);
+    /// Writes down that a commit may have been sent, before it is.
+    fn may_commit(&mut self) -> Result<(), Problem>;
+    /// Is shown how to cancel what begins.
+    fn begin(&mut self, canceller: Canceller) -> Result<(), Problem>;
+}
+
+/// Moves `tree` to the destination behind `stream`.
+pub(crate) fn migrate<T: Tree>(
+    tree: &T,
+    offer: &Offer,
+    stream: UnixStream,
+    limits: Limits,
+    shim: &mut impl Overseer,
+) -> Result<Report, Problem> {
+    let object = offer.container.to_string();
+    let broken = |err: LinkError| match err {
+        LinkError::Peer(problem) => problem,
+        err => Problem::new(err.code(), &object, chain(&err)),
+    };
+
+    let mut link = SourceLink::open(stream, limits).map_err(broken)?;
+    shim.begin(link.canceller())?;
+    shim.tell(&Event::Source(SourceState::Preparing));
+    link.offer(offer).map_err(broken)?;
+
+    shim.tell(&Event::Source(SourceState::Frozen));
+    let since = Instant::now();
+    let undumpable = |err: DumpError| Problem::new(dump_code(&err), &object, chain(&err));
+    let mut frozen = match tree.freeze() {
+        Ok(frozen) => frozen,
+        Err(err) => {
+            let problem = undumpable(err);
+            link.cancel(problem.clone());
+            return Err(problem);
+        }
+    };
+    let mut sink = Sink { link: &mut link, failure: None, shim: &mut *shim, told: since };
+    let dumped = match tree.dump(&mut frozen, &mut sink) {
+        Ok(dumped) => dumped,
+        Err(err) => {
+            let problem = match sink.failure.take() {
+                Some(failure) => broken(failure),
+                None => undumpable(err),
+            };
+            drop(frozen);
+            link.cancel(problem.clone());
+            return Err(problem);
+        }
+    };
+    link.finish().map_err(broken)?;
+    let sent = since.elapsed();
+
+    // The destination builds meanwhile, so this costs no downtime.
+    let bytes = link.sent();
+    shim.tell(&Event::Progress {
+        phase: Phase::Switching,
+        bytes: bytes.bytes,
+        records: bytes.records,
+    });
+    shim.may_commit()?;
+    let proof: PeerReady = link.ready(offer.token).map_err(broken)?;
+    let ready = since.elapsed();
+    let sums: Sums = proof.sums;
+
+    if let Err(err) = tree.park(frozen) {
+        let problem = undumpable(err);
+        link.cancel(problem.clone());
+        tree.resume();
+        return Err(problem);
+    }
+    match link.commit(&proof) {
+        Ok(arrived) => {
+            let downtime = since.elapsed();
+            tree.kill();
+            Ok(Report {
+                total_us: 0,
+                downtime_us: micros(downtime),
+                freeze_us: dumped.freeze_us,
+                dump_us: micros(sent).saturating_sub(dumped.freeze_us),
+                ready_us: micros(ready.saturating_sub(sent)),
+                commit_us: micros(downtime.saturating_sub(ready)),
+                restore_us: sums.restore_us,
+                thaw_us: arrived.thaw_us,
+                processes: sums.processes,
+                threads: sums.threads,
+                pages: dumped.pages,
+                bytes: bytes.bytes,
+            })
+        }
+        Err(Unanswered::NotSent) => {
+            tree.resume();
+            Err(broken(LinkError::Cancelled))
+        }
+        Err(Unanswered::Undone(problem)) => {
+            tree.resume();
+            Err(problem)
+        }
+        Err(Unanswered::Unknown(err)) => {
+            shim.tell(&Event::Source(SourceState::InDoubt));
+            let detail = format!("the commit was sent and not answered: {}", chain(&err));
+            Err(Problem::new(ErrorCode::InDoubt, &object, detail))
+        }
+    }
+}
+
+/// Lets the engine write into the link and keeps the link's own error, which
+/// says more than an `io::Error` can.
+struct Sink<'a, O> {
+    link: &'a mut SourceLink,
+    failure: Option<LinkError>,
+    shim: &'a mut O,
+    told: Instant,
+}
+
+impl<O: Overseer> ImageSink for Sink<'_, O> {
+    fn put(&mut self, kind: u16, parts: &[IoSlice<'_>]) -> io::Result<()> {
+        if let Err(err) = self.link.image(kind, image::VERSION, parts) {
+            let text = err.to_string();
+            self.failure = Some(err);
+            return Err(io::Error::new(io::ErrorKind::BrokenPipe, text));
+        }
+        if PROGRESS <= self.told.elapsed() {
+            self.told = Instant::now();
+            let sent = self.link.sent();
+            let (phase, bytes, records) = (Phase::Frozen, sent.bytes, sent.records);
+            self.shim.tell(&Event::Progress { phase, bytes, records });
+        }
+        Ok(())
+    }
+}
+
+/// A container's tree under the real engine.
+struct Container<'a>(&'a Job);
+
+impl Tree for Container<'_> {
+    type Frozen = Frozen;
+
+    fn freeze(&self) -> Result<Frozen, DumpError> {
+        engine::freeze(Pid::from_raw(self.0.init.pid), &self.0.engine_options())
+    }
+
+    fn dump(&self, frozen: &mut Frozen, sink: &mut dyn ImageSink) -> Result<DumpReport, DumpError> {
+        frozen.dump(sink)
+    }
+
+    fn park(&self, frozen: Frozen) -> Result<(), DumpError> {
+        frozen.park()
+    }
+
+    fn resume(&self) {
+        tree::resume(self.0.init);
+    }
+
+    fn kill(&self) {
+        tree::kill(self.0.init);
+    }
+}
+
+fn judge(job: &Job) -> Result<(Verdict, Needs), Problem> {
+    let verdict = engine::inspect(Pid::from_raw(job.init.pid), &job.engine_options())
+        .map_err(|err| Problem::new(dump_code(&err), job.container.as_str(), chain(&err)))?;
+    let findings = verdict.findings.into_iter().map(|finding| Finding {
+        node: job.node.clone(),
+        object: finding.object,
+        judgement: match finding.judgement {
+            engine::Judgement::Movable => Judgement::Movable,
+            engine::Judgement::Loss => Judgement::Loss,
+            engine::Judgement::Refused => Judgement::Refused,
+        },
+        reason: finding.reason,
+        remedy: finding.remedy,
+        code: ErrorCode::Unmovable,
+    });
+    let members = tree::members(job.init);
+    let needs = Host::probe().needs(tree::memory(&members), members.len() as u64);
+    Ok((Verdict::of(findings.collect()), needs))
+}
+
+fn dump_code(err: &DumpError) -> ErrorCode {
+    match err {
+        DumpError::Refused(_) => ErrorCode::Unmovable,
+        DumpError::NoProcess(_) => ErrorCode::NotRunning,
+        _ => ErrorCode::DumpFailed,
+    }
+}
+
+/// The clocks of the container's time namespace, which are ours plus its offsets.
+fn clocks(init: Process) -> Clocks {
+    let offsets = std::fs::read_to_string(format!("/proc/{}/timens_offsets", init.pid));
+    let offsets = offsets.unwrap_or_default();
+    let offset = |name: &str| {
+        let line = offsets.lines().find_map(|line| line.strip_prefix(name))?;
+        let mut numbers = line.split_whitespace().map(str::parse::<i64>);
+        let (seconds, nanos) = (numbers.next()?.ok()?, numbers.next()?.ok()?);
+        Some(seconds.saturating_mul(1_000_000_000).saturating_add(nanos))
+    };
+    let now = |clock| {
+        let now = rustix::time::clock_gettime(clock);
+        now.tv_sec.saturating_mul(1_000_000_000).saturating_add(now.tv_nsec)
+    };
+    Clocks {
+        monotonic_ns: now(rustix::time::ClockId::Monotonic) + offset("monotonic").unwrap_or(0),
+        boottime_ns: now(rustix::time::ClockId::Boottime) + offset("boottime").unwrap_or(0),
+    }
+}
+
+/// The daemon, over the worker's stdout.
+struct Shim {
+    events: UnixStream,
+    replies: BufReader<UnixStream>,
+}
+
+impl Shim {
+    fn new(socket: UnixStream) -> io::Result<Self> {
+        Ok(Self { replies: BufReader::new(socket.try_clone()?), events: socket })
+    }
+}
+
+impl Overseer for Shim {
+    fn tell(&mut self, event: &Event) {
+        let line = serde_json::to_string(event).unwrap_or_default() + "\n";
+        // A daemon that is gone learns the outcome from the world when it is back.
+        if let Err(err) = self.events.write_all(line.as_bytes()) {
+            tracing::warn!(%err, "the shim does not listen");
+        }
+    }
+
+    fn may_commit(&mut self) -> Result<(), Problem> {
+        self.tell(&Event::MayCommit);
+        let mut line = String::new();
+        match self.replies.read_line(&mut line) {
+            Ok(_)
+                if serde_json::from_str::<Reply>(&line)
+                    .is_ok_and(|reply| reply == Reply::MayCommit) =>
+            {
+                Ok(())
+            }
+            _ => Err(Problem::new(
+                ErrorCode::JournalFailed,
+                "journal",
+                "the shim did not write down the commit",
+            )),
+        }
+    }
+
+    /// SIGTERM, which all threads block, cancels.
+    fn begin(&mut self, canceller: Canceller) -> Result<(), Problem> {
+        let watch = move || {
+            let mut set = SigSet::empty();
+            set.add(Signal::SIGTERM);
+            while set.wait().is_ok() {
+                if canceller.cancel() {
+                    return;
+                }
+                tracing::warn!("too late to cancel: the commit was sent");
+            }
+        };
+        thread::Builder::new().name("cancel".into()).spawn(watch).map(drop).map_err(|err| {
+            Problem::new(ErrorCode::Internal, "worker", format!("cannot start a thread: {err}"))
+        })
+    }
+}
+
+fn micros(duration: Duration) -> u64 {
+    u64::try_from(duration.as_micros()).unwrap_or(u64::MAX)
+}
+
+/// An error and what caused it, in one line.
+fn chain(err: &dyn std::error::Error) -> String {
+    let mut text = err.to_string();
+    let mut source = err.source();
+    while let Some(cause) = source {
+        text = format!("{text}: {cause}");
+        source = cause.source();
+    }
+    text
+}
