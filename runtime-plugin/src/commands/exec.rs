@@ -1,7 +1,7 @@
 //! `exec`: one more process in a running container.
 
 use std::fs::{self, File};
-use std::io::{BufReader, Read};
+use std::io::{self, BufReader, Read};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
@@ -20,7 +20,7 @@ use nix::sys::prctl;
 use nix::unistd::{Pid, pipe2};
 use oci_spec::runtime::{
     Capabilities, Capability, LinuxBuilder, LinuxCapabilities, LinuxCapabilitiesBuilder,
-    LinuxNamespaceBuilder, LinuxNamespaceType, Process,
+    LinuxNamespace, LinuxNamespaceBuilder, LinuxNamespaceType, Process,
 };
 
 use crate::console::{Console, Terminal};
@@ -74,7 +74,7 @@ fn join(root: &Root, container: &Container, args: &Exec) -> Result<(Pid, Option<
     let linux = spec.linux().as_ref().context("the specification has no linux section")?;
     let mut inside = LinuxBuilder::default().build()?;
     inside
-        .set_namespaces(Some(namespaces(linux, init)?))
+        .set_namespaces(Some(namespaces(init)?))
         .set_cgroups_path(linux.cgroups_path().clone())
         .set_personality(linux.personality().clone())
         .set_seccomp(linux.seccomp().clone())
@@ -213,31 +213,36 @@ fn with_more(caps: Option<&LinuxCapabilities>, more: &[Capability]) -> Result<Li
     Ok(caps)
 }
 
-/// The namespaces of the container, to be joined through its init.
-fn namespaces(
-    linux: &oci_spec::runtime::Linux,
-    init: Pid,
-) -> Result<Vec<oci_spec::runtime::LinuxNamespace>> {
-    let mut joined = Vec::new();
-    for namespace in linux.namespaces().iter().flatten() {
-        let file = match namespace.typ() {
-            LinuxNamespaceType::Cgroup => "cgroup",
-            LinuxNamespaceType::Ipc => "ipc",
-            LinuxNamespaceType::Mount => "mnt",
-            LinuxNamespaceType::Network => "net",
-            LinuxNamespaceType::Pid => "pid",
-            LinuxNamespaceType::Time => "time",
-            LinuxNamespaceType::User => "user",
-            LinuxNamespaceType::Uts => "uts",
+/// The namespaces that the container's init does not share with us.
+///
+/// They are asked of the kernel, not of the specification: a restored container
+/// has a time namespace that its bundle does not mention.
+fn namespaces(init: Pid) -> Result<Vec<LinuxNamespace>> {
+    let kinds = [
+        // The first one makes us root in the others.
+        (LinuxNamespaceType::User, "user"),
+        (LinuxNamespaceType::Cgroup, "cgroup"),
+        (LinuxNamespaceType::Ipc, "ipc"),
+        (LinuxNamespaceType::Mount, "mnt"),
+        (LinuxNamespaceType::Network, "net"),
+        (LinuxNamespaceType::Pid, "pid"),
+        (LinuxNamespaceType::Time, "time"),
+        (LinuxNamespaceType::Uts, "uts"),
+    ];
+    let mut foreign = Vec::new();
+    for (kind, file) in kinds {
+        let path = format!("/proc/{init}/ns/{file}");
+        let theirs = match fs::read_link(&path) {
+            Ok(link) => link,
+            // Its kernel does not have this kind.
+            Err(err) if err.kind() == io::ErrorKind::NotFound => continue,
+            Err(err) => return Err(err).with_context(|| format!("cannot read {path}")),
         };
-        joined.push(
-            LinuxNamespaceBuilder::default()
-                .typ(namespace.typ())
-                .path(format!("/proc/{init}/ns/{file}"))
-                .build()?,
-        );
+        if fs::read_link(format!("/proc/self/ns/{file}"))? != theirs {
+            foreign.push(LinuxNamespaceBuilder::default().typ(kind).path(path).build()?);
+        }
     }
-    Ok(joined)
+    Ok(foreign)
 }
 
 /// The container's cgroup or one below it.

@@ -4,9 +4,9 @@ use std::fs;
 use std::io::IoSlice;
 
 use dunlin_checkpoint::image::{FILE_NAME, FileSink, ImageSink};
-use serde_json::json;
+use serde_json::{Value, json};
 
-use crate::bundle::{Bundle, needs_root};
+use crate::bundle::{Bundle, needs_root, until};
 
 /// A checkpoint directory with these records.
 fn image(bundle: &Bundle, records: &[(u16, &[u8])]) {
@@ -30,6 +30,108 @@ fn restore<'a>(bundle: &'a Bundle, image: &'a str, more: &[&'a str]) -> Vec<&'a 
     args.extend(more);
     args.push("c");
     args
+}
+
+/// Counts in its memory and shows how far it is in a file.
+const COUNT: &str = "n=0; while :; do n=$((n+1)); echo $n > /tmp/n; done";
+
+fn count(bundle: &Bundle) -> u64 {
+    let text = fs::read_to_string(bundle.path("rootfs/tmp/n")).unwrap_or_default();
+    text.trim().parse().unwrap_or_default()
+}
+
+fn uptime(bundle: &Bundle) -> f64 {
+    let text = bundle.ok(&["exec", "c", "cat", "/proc/uptime"]);
+    text.split_whitespace().next().unwrap().parse().unwrap()
+}
+
+#[test]
+fn a_container_goes_on_where_it_was() {
+    if needs_root() {
+        return;
+    }
+    let bundle = Bundle::new(&["sh", "-c", COUNT]);
+    bundle.ok(&["run", "--bundle", bundle.dir(), "--detach", "c"]);
+    let path = bundle.path("image");
+    let path = path.to_str().unwrap();
+    for _ in 0..3 {
+        let start = count(&bundle);
+        until("it counts", || start + 10 < count(&bundle));
+        bundle.ok(&["checkpoint", "--image-path", path, "c"]);
+        assert_eq!(bundle.leftovers(), Vec::<String>::new());
+        let stopped = count(&bundle);
+        bundle.ok(&restore(&bundle, path, &["--detach"]));
+        assert_eq!(bundle.state("c")["status"], "running");
+        until("it counts on", || stopped < count(&bundle));
+        assert!(stopped <= count(&bundle), "it began anew");
+        assert_eq!(bundle.ok(&["exec", "c", "cat", "/proc/1/comm"]), "sh\n");
+    }
+    let taken = bundle.fails(&restore(&bundle, path, &["--detach"]));
+    assert!(taken.contains("container c already exists"), "{taken}");
+    bundle.ok(&["kill", "c", "KILL"]);
+    until("it ends", || bundle.state("c")["status"] == "stopped");
+}
+
+#[test]
+fn an_image_can_be_restored_beside_the_original() {
+    if needs_root() {
+        return;
+    }
+    let bundle = Bundle::new(&["sh", "-c", COUNT]);
+    bundle.ok(&["run", "--bundle", bundle.dir(), "--detach", "c"]);
+    until("it counts", || 10 < count(&bundle));
+    let path = bundle.path("image");
+    let path = path.to_str().unwrap();
+    bundle.ok(&["checkpoint", "--leave-running", "--image-path", path, "c"]);
+    let then = count(&bundle);
+    until("it counts on", || then < count(&bundle));
+    for _ in 0..2 {
+        let other = Bundle::new(&["false"]);
+        other.ok(&restore(&other, path, &["--detach"]));
+        until("the copy counts", || 0 < count(&other));
+        assert!(10 < count(&other), "it began anew");
+    }
+}
+
+#[test]
+fn clocks_go_on() {
+    if needs_root() {
+        return;
+    }
+    let bundle = Bundle::new(&["sh", "-c", COUNT]);
+    bundle.ok(&["run", "--bundle", bundle.dir(), "--detach", "c"]);
+    let dir = bundle.path("image");
+    let path = dir.to_str().unwrap();
+    let before = uptime(&bundle);
+    bundle.ok(&["checkpoint", "--image-path", path, "c"]);
+    let file = dir.join("manifest.json");
+    let mut manifest: Value = serde_json::from_slice(&fs::read(&file).unwrap()).unwrap();
+    for clock in ["monotonic_ns", "boottime_ns"] {
+        let time = manifest["clocks"][clock].as_i64().unwrap();
+        manifest["clocks"][clock] = json!(time + 1_000_000_000_000);
+    }
+    fs::write(&file, manifest.to_string()).unwrap();
+    bundle.ok(&restore(&bundle, path, &["--detach"]));
+    let after = uptime(&bundle);
+    assert!((before + 1000.0..before + 1100.0).contains(&after), "{before} {after}");
+}
+
+#[test]
+fn restore_in_the_foreground_gives_the_exit_code() {
+    if needs_root() {
+        return;
+    }
+    let program = "while [ ! -e /tmp/end ]; do echo > /tmp/up; done; exit 42";
+    let bundle = Bundle::new(&["sh", "-c", program]);
+    bundle.ok(&["run", "--bundle", bundle.dir(), "--detach", "c"]);
+    until("it runs", || bundle.path("rootfs/tmp/up").exists());
+    let path = bundle.path("image");
+    let path = path.to_str().unwrap();
+    bundle.ok(&["checkpoint", "--image-path", path, "c"]);
+    fs::write(bundle.path("rootfs/tmp/end"), "").unwrap();
+    let run = bundle.run(&restore(&bundle, path, &[]));
+    assert_eq!(run.status.code(), Some(42), "{run:?}");
+    assert_eq!(bundle.leftovers(), Vec::<String>::new());
 }
 
 #[test]

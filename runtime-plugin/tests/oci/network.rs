@@ -15,7 +15,7 @@ struct Host {
 
 impl Host {
     fn new() -> Self {
-        let script = "ip link set lo up && ip link add br0 type bridge && \
+        let script = "echo 1 > /proc/sys/net/ipv4/conf/all/arp_accept && ip link set lo up && ip link add br0 type bridge && \
              ip addr add 10.77.0.1/24 dev br0 && ip addr add fd77::1/64 dev br0 nodad && \
              ip link set br0 up && echo ready && exec cat";
         let mut keeper = Command::new("unshare")
@@ -155,4 +155,40 @@ fn a_network_that_cannot_be_made_leaves_nothing() {
     let create = host.dunlin(&bundle, &["create", "--bundle", bundle.dir(), "c"]);
     let text = String::from_utf8_lossy(&create.stderr).into_owned();
     assert!(text.contains("no network namespace of its own"), "{text}");
+}
+
+#[test]
+fn an_address_moves_with_its_container() {
+    if needs_root() {
+        return;
+    }
+    let (here, there) = (Host::new(), Host::new());
+    let bundle = annotated(json!({
+        "dunlin.network.bridge": "br0",
+        "dunlin.network.address": "10.77.0.2/24,fd77::2/64",
+    }));
+    let run = here.dunlin(&bundle, &["run", "--bundle", bundle.dir(), "--detach", "c"]);
+    assert!(run.status.success(), "{run:?}");
+    let mac = bundle.ok(&["exec", "c", "cat", "/sys/class/net/eth0/address"]);
+    let image = bundle.path("image");
+    let image = image.to_str().unwrap();
+    let checkpoint = ["checkpoint", "--tcp-established", "--image-path", image, "c"];
+    let checkpoint = here.dunlin(&bundle, &checkpoint);
+    assert!(checkpoint.status.success(), "{checkpoint:?}");
+    assert!(!here.links().contains("master br0"), "{}", here.links());
+
+    let restore = ["restore", "--bundle", bundle.dir(), "--image-path", image, "--detach", "c"];
+    let restore = there.dunlin(&bundle, &restore);
+    assert!(restore.status.success(), "{restore:?}");
+    assert_eq!(bundle.ok(&["exec", "c", "cat", "/sys/class/net/eth0/address"]), mac);
+    let knob = bundle.ok(&["exec", "c", "cat", "/proc/sys/net/ipv4/conf/eth0/arp_notify"]);
+    assert_eq!(knob, "0\n", "what announced the address is not left behind");
+    // The host learnt the address from the announcement alone.
+    let neighbours = there.run("ip", &["neigh", "show", "10.77.0.2"]);
+    let neighbours = String::from_utf8_lossy(&neighbours.stdout).into_owned();
+    assert!(neighbours.contains(mac.trim()), "{neighbours}");
+    for address in ["10.77.0.2", "fd77::2"] {
+        let ping = there.run("busybox", &["ping", "-c1", "-W5", address]);
+        assert!(ping.status.success(), "{address}: {ping:?}");
+    }
 }
