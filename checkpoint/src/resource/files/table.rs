@@ -1,0 +1,187 @@
+//! Fd tables: which fds there are and which share a description.
+
+use std::{
+    cmp::Ordering,
+    collections::HashMap,
+    fs, io,
+    os::fd::{AsFd, AsRawFd, OwnedFd, RawFd},
+    path::Path,
+};
+
+use nix::unistd::Pid;
+use rustix::{
+    fs::{FileType, Stat},
+    process::{PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open},
+};
+
+use super::{Fd, Table, TableRef, fdinfo::FdInfo};
+use crate::{DumpError, sys::kcmp};
+
+/// A description of the source, held by a duplicate of ours.
+pub(super) struct Held {
+    pub(super) fd: OwnedFd,
+    /// Who has it, and as which number.
+    pid: Pid,
+    number: RawFd,
+    /// What `/proc/PID/fd/N` points to.
+    link: std::path::PathBuf,
+    pub(super) stat: Stat,
+    pub(super) info: FdInfo,
+}
+
+impl Held {
+    /// `fd 9 of pid 4711`.
+    pub(super) fn name(&self) -> String {
+        format!("fd {} of pid {}", self.number, self.pid)
+    }
+
+    pub(super) fn path(&self) -> &Path {
+        &self.link
+    }
+
+    pub(super) fn link(&self) -> std::path::Display<'_> {
+        self.link.display()
+    }
+
+    /// Device and inode number: the object behind the description.
+    pub(super) fn object(&self) -> (u64, u64) {
+        (self.stat.st_dev, self.stat.st_ino)
+    }
+
+    pub(super) fn file_type(&self) -> FileType {
+        FileType::from_raw_mode(self.stat.st_mode)
+    }
+
+    pub(super) fn is_socket(&self) -> bool {
+        self.file_type() == FileType::Socket
+    }
+
+    /// The name behind `anon_inode:`.
+    pub(super) fn anon_inode(&self) -> Option<&str> {
+        self.link.to_str()?.strip_prefix("anon_inode:")
+    }
+}
+
+/// All tables of the tree.
+pub(super) struct Tables {
+    pub(super) held: Vec<Held>,
+    tables: Vec<(TableRef, Vec<Fd>)>,
+    /// Descriptions of one object, in the order of `kcmp`.
+    by_object: HashMap<(u64, u64), Vec<usize>>,
+}
+
+impl Tables {
+    /// Collects every fd; in a running tree (`frozen` false) one that is
+    /// closed meanwhile is left out.
+    pub(super) fn collect(refs: &[TableRef], frozen: bool) -> Result<Self, DumpError> {
+        let mut all = Self {
+            held: Vec::new(),
+            tables: Vec::with_capacity(refs.len()),
+            by_object: HashMap::new(),
+        };
+        for table in refs {
+            let failed =
+                |source| DumpError::Process { what: "read the fds", pid: table.pid, source };
+            let fds = match all.collect_one(table.pid, frozen) {
+                Err(err) if !frozen && is_gone(&err) => continue,
+                fds => fds.map_err(failed)?,
+            };
+            all.tables.push((*table, fds));
+        }
+        Ok(all)
+    }
+
+    fn collect_one(&mut self, pid: Pid, frozen: bool) -> io::Result<Vec<Fd>> {
+        let pidfd = open_task(pid)?;
+        let mut numbers = fs::read_dir(format!("/proc/{pid}/fd"))?
+            .map(|entry| entry?.file_name().to_string_lossy().parse().map_err(io::Error::other))
+            .collect::<io::Result<Vec<RawFd>>>()?;
+        numbers.sort_unstable();
+        let mut fds = Vec::with_capacity(numbers.len());
+        for number in numbers {
+            match self.collect_fd(&pidfd, pid, number) {
+                Err(err) if !frozen && is_gone(&err) => (),
+                fd => fds.push(fd?),
+            }
+        }
+        Ok(fds)
+    }
+
+    fn collect_fd(&mut self, pidfd: &OwnedFd, pid: Pid, number: RawFd) -> io::Result<Fd> {
+        let fd = pidfd_getfd(pidfd, number, PidfdGetfdFlags::empty())?;
+        let info = FdInfo::read(pid, number)?;
+        let cloexec = info.cloexec();
+        let stat = rustix::fs::fstat(&fd)?;
+        let object = (stat.st_dev, stat.st_ino);
+        let file = match self.find(object, &fd)? {
+            Ok(known) => known,
+            Err(place) => {
+                let link = fs::read_link(format!("/proc/self/fd/{}", fd.as_raw_fd()))?;
+                self.held.push(Held { fd, pid, number, link, stat, info });
+                let id = self.held.len() - 1;
+                self.by_object.entry(object).or_default().insert(place, id);
+                id
+            }
+        };
+        let file = u32::try_from(file).map_err(io::Error::other)?;
+        Ok(Fd { fd: number, file, cloexec })
+    }
+
+    /// Finds the description behind our fd, or the place where it belongs.
+    fn find(&self, object: (u64, u64), fd: &OwnedFd) -> io::Result<Result<usize, usize>> {
+        let known = self.by_object.get(&object).map_or(&[][..], Vec::as_slice);
+        let (mut low, mut high) = (0, known.len());
+        while low < high {
+            let middle = low.midpoint(high);
+            match kcmp::files(self.held[known[middle]].fd.as_fd(), fd.as_fd())? {
+                Ordering::Equal => return Ok(Ok(known[middle])),
+                Ordering::Less => low = middle + 1,
+                Ordering::Greater => high = middle,
+            }
+        }
+        Ok(Err(low))
+    }
+
+    /// Every description of one object.
+    pub(super) fn same_object(&self, held: &Held) -> impl Iterator<Item = (usize, &Held)> {
+        let ids = self.by_object.get(&held.object()).map_or(&[][..], Vec::as_slice);
+        ids.iter().map(|id| (*id, &self.held[*id]))
+    }
+
+    /// The description behind fd `number` of the table that `pid` uses.
+    pub(super) fn lookup(&self, pid: Pid, number: RawFd) -> Option<usize> {
+        let (_, fds) = self.tables.iter().find(|(table, _)| table.pid == pid)?;
+        find_fd(fds, number)
+    }
+
+    /// The description behind fd `number` in any table that also holds `file`.
+    pub(super) fn beside(&self, file: usize, number: RawFd) -> impl Iterator<Item = usize> {
+        self.tables.iter().filter_map(move |(_, fds)| {
+            fds.iter().any(|fd| fd.file as usize == file).then(|| find_fd(fds, number))?
+        })
+    }
+
+    pub(super) fn image(&self) -> Vec<Table> {
+        self.tables
+            .iter()
+            .map(|(table, fds)| Table { pid: table.ns_pid, fds: fds.clone() })
+            .collect()
+    }
+}
+
+fn find_fd(fds: &[Fd], number: RawFd) -> Option<usize> {
+    let place = fds.binary_search_by_key(&number, |fd| fd.fd).ok()?;
+    Some(fds[place].file as usize)
+}
+
+/// Opens a pidfd; of a thread where the pid is no process (`PIDFD_THREAD`).
+fn open_task(pid: Pid) -> io::Result<OwnedFd> {
+    let pid = rustix::process::Pid::from_raw(pid.as_raw()).ok_or(io::ErrorKind::InvalidInput)?;
+    pidfd_open(pid, PidfdFlags::empty())
+        .or_else(|_| pidfd_open(pid, PidfdFlags::from_bits_retain(libc::O_EXCL.cast_unsigned())))
+        .map_err(Into::into)
+}
+
+fn is_gone(err: &io::Error) -> bool {
+    matches!(err.raw_os_error(), Some(libc::ENOENT | libc::ESRCH | libc::EBADF))
+}

@@ -1,0 +1,268 @@
+//! Fds held by another process are dumped, made again here, and compared.
+//!
+//! The holder is this test binary once more, in a network namespace of its
+//! own: it runs only [`holder`], which sets up one world and waits.
+
+mod basics;
+mod epolls;
+mod pipes;
+mod sockets;
+
+use std::{
+    collections::BTreeMap,
+    env, fs,
+    io::{BufRead, BufReader},
+    os::fd::{AsFd, AsRawFd, BorrowedFd, IntoRawFd, OwnedFd, RawFd},
+    process::{Child, ChildStdout, Command, Stdio},
+    thread,
+};
+
+use nix::{
+    sched::CloneFlags,
+    sys::{
+        signal::{Signal, kill},
+        wait::{WaitPidFlag, waitpid},
+    },
+    unistd::{self, Pid},
+};
+use proptest::prelude::*;
+use rustix::fs::{Mode, OFlags};
+
+use super::{Context, Fd, Image, Opened, TableRef, Target, dump, fdinfo::FdInfo, inspect, open};
+use crate::{DumpError, Finding, Judgement, Options, RestoreError};
+
+const WORLD: &str = "DUNLIN_TEST_WORLD";
+const WORLD_DIR: &str = "DUNLIN_TEST_DIR";
+
+/// What a holder can be asked to set up.
+const WORLDS: &[(&str, fn())] = &[
+    ("regular", basics::regular),
+    ("devices", basics::devices),
+    ("counters", basics::counters),
+    ("shared", basics::shared),
+    ("inotify", basics::inotify),
+    ("pipes", pipes::pipes),
+    ("outside_pipe", pipes::outside_pipe),
+    ("epoll", epolls::epolls),
+    ("inet", sockets::inet),
+    ("established", sockets::established),
+    ("unix_pairs", sockets::unix_pairs),
+    ("unix_listening", sockets::unix_listening),
+];
+
+/// Sets up the world that the parent asks for and waits until it is gone.
+#[test]
+#[ignore = "is run by the other tests"]
+fn holder() {
+    let Ok(world) = env::var(WORLD) else { return };
+    let (_, set_up) = WORLDS.iter().find(|(name, _)| *name == world).unwrap();
+    rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::KILL)).unwrap();
+    // Whoever runs the tests may have fds open that are none of ours.
+    let numbers: Vec<RawFd> = fs::read_dir("/proc/self/fd")
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name().to_str().unwrap().parse().unwrap())
+        .collect();
+    for number in numbers.into_iter().filter(|number| *number > 2) {
+        unistd::close(number).ok();
+    }
+    set_up();
+    println!("ready");
+    let mut line = String::new();
+    std::io::stdin().read_line(&mut line).unwrap();
+}
+
+/// Puts a description under a number of the holder, for good.
+fn put(fd: impl Into<OwnedFd>, number: RawFd) {
+    let fd = fd.into();
+    assert_ne!(fd.as_raw_fd(), number);
+    unistd::dup2(fd.as_raw_fd(), number).unwrap();
+}
+
+/// The directory that holder and test share.
+fn dir() -> String {
+    env::var(WORLD_DIR).unwrap()
+}
+
+/// A process that holds fds.
+struct Holder {
+    child: Child,
+    dir: tempfile::TempDir,
+    /// Keeps its stdout from being a pipe without a reader.
+    _stdout: BufReader<ChildStdout>,
+}
+
+impl Holder {
+    /// Starts one, or says why it cannot.
+    fn start(world: &str) -> Option<Self> {
+        if !unistd::geteuid().is_root() {
+            eprintln!("skipped: needs CAP_SYS_ADMIN");
+            return None;
+        }
+        let dir = tempfile::tempdir().unwrap();
+        let mut child = Command::new("unshare")
+            .arg("--net")
+            .arg(env::current_exe().unwrap())
+            .args(["--exact", "resource::files::tests::holder", "--ignored", "--nocapture"])
+            .env(WORLD, world)
+            .env(WORLD_DIR, dir.path())
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        let mut stdout = BufReader::new(child.stdout.take().unwrap());
+        let mut line = String::new();
+        // libtest writes its own words before ours on the same line.
+        while !line.ends_with("ready\n") {
+            line.clear();
+            assert_ne!(stdout.read_line(&mut line).unwrap(), 0, "{world} was not set up");
+        }
+        Some(Self { child, dir, _stdout: stdout })
+    }
+
+    fn pid(&self) -> Pid {
+        Pid::from_raw(self.child.id().cast_signed())
+    }
+
+    fn tables(&self) -> Vec<TableRef> {
+        let pid = self.pid();
+        vec![TableRef { pid, ns_pid: pid.as_raw() }]
+    }
+
+    fn stop(&self) {
+        let stat = || fs::read_to_string(format!("/proc/{}/stat", self.pid())).unwrap();
+        if !stat().contains(") T ") {
+            kill(self.pid(), Signal::SIGSTOP).unwrap();
+            waitpid(self.pid(), Some(WaitPidFlag::WUNTRACED)).unwrap();
+        }
+    }
+
+    fn inspect(&self, options: &Options) -> Vec<Finding> {
+        let tasks = [self.pid()];
+        inspect(&self.tables(), &Context { options, init: self.pid(), tasks: &tasks }).unwrap()
+    }
+
+    fn dump(&self) -> Image {
+        self.try_dump(&Options::default()).unwrap()
+    }
+
+    /// Stops the holder and dumps it; the image travels through its bytes.
+    fn try_dump(&self, options: &Options) -> Result<Image, DumpError> {
+        self.stop();
+        let tasks = [self.pid()];
+        let ctx = Context { options, init: self.pid(), tasks: &tasks };
+        let image = dump(&self.tables(), &ctx)?;
+        let bytes = postcard::to_stdvec(&image).unwrap();
+        assert_eq!(postcard::from_bytes::<Image>(&bytes).unwrap(), image);
+        Ok(image)
+    }
+
+    /// Dumps the holder, ends it and makes its files here.
+    fn migrate(&mut self) -> Restored {
+        self.migrate_with(&Options::default())
+    }
+
+    fn migrate_with(&mut self, options: &Options) -> Restored {
+        let image = self.try_dump(options).unwrap();
+        let flags = image.tables[0]
+            .fds
+            .iter()
+            .map(|fd| (fd.fd, FdInfo::read(self.pid(), fd.fd).unwrap()))
+            .collect();
+        self.child.kill().unwrap();
+        self.child.wait().unwrap();
+        Restored::new(image, flags).unwrap()
+    }
+}
+
+impl Drop for Holder {
+    fn drop(&mut self) {
+        self.child.kill().unwrap();
+        self.child.wait().unwrap();
+    }
+}
+
+/// What a holder had, made in the test process.
+struct Restored {
+    opened: Opened,
+    /// What the source's kernel said about each fd.
+    infos: BTreeMap<RawFd, FdInfo>,
+    pid: i32,
+    netns: OwnedFd,
+    /// The other ends of what replaced stdin, stdout and stderr.
+    stdio: [OwnedFd; 3],
+}
+
+impl Restored {
+    fn new(image: Image, infos: BTreeMap<RawFd, FdInfo>) -> Result<Self, RestoreError> {
+        let root = rustix::fs::open("/", OFlags::PATH | OFlags::CLOEXEC, Mode::empty()).unwrap();
+        let netns = new_netns();
+        let stdio: [OwnedFd; 3] = std::array::from_fn(|_| {
+            rustix::event::eventfd(0, rustix::event::EventfdFlags::CLOEXEC).unwrap()
+        });
+        let target = Target {
+            root: root.as_fd(),
+            netns: netns.as_fd(),
+            stdio: [stdio[0].as_fd(), stdio[1].as_fd(), stdio[2].as_fd()],
+        };
+        let mut opened = open(&image, &target)?;
+        opened.arm()?;
+        let pid = image.tables[0].pid;
+        Ok(Self { opened, infos, pid, netns, stdio })
+    }
+
+    fn fd(&self, number: RawFd) -> BorrowedFd<'_> {
+        let table = self.opened.table(self.pid);
+        table.into_iter().find(|(fd, _, _)| *fd == number).unwrap().1
+    }
+
+    fn info(&self, number: RawFd) -> FdInfo {
+        FdInfo::read(Pid::this(), self.fd(number).as_raw_fd()).unwrap()
+    }
+
+    /// Flags, position and whatever else the kernel shows are as they were.
+    fn assert_same(&self, numbers: impl IntoIterator<Item = RawFd>) {
+        for number in numbers {
+            let (was, is) = (&self.infos[&number], self.info(number));
+            // An `open` adds this one by itself, as it does for every 64-bit program.
+            let flags = |info: &FdInfo| info.oflags() - OFlags::LARGEFILE;
+            assert_eq!(flags(was), flags(&is), "flags of fd {number}");
+            assert_eq!(was.pos, is.pos, "position of fd {number}");
+        }
+    }
+}
+
+/// A network namespace with its loopback device up.
+fn new_netns() -> OwnedFd {
+    let make = || {
+        nix::sched::unshare(CloneFlags::CLONE_NEWNET).unwrap();
+        let up = Command::new("ip").args(["link", "set", "lo", "up"]).status().unwrap();
+        assert!(up.success());
+        fs::File::open("/proc/thread-self/ns/net").unwrap().into()
+    };
+    thread::scope(|scope| scope.spawn(make).join().unwrap())
+}
+
+fn refusals(findings: &[Finding]) -> Vec<&Finding> {
+    findings.iter().filter(|finding| finding.judgement == Judgement::Refused).collect()
+}
+
+proptest! {
+    /// Whatever bytes decode to an image, opening it does not panic, and what
+    /// decodes encodes back.
+    #[test]
+    fn any_bytes_are_an_image_or_none(bytes in prop::collection::vec(any::<u8>(), 0..200)) {
+        if let Ok((image, rest)) = postcard::take_from_bytes::<Image>(&bytes) {
+            let again = postcard::to_stdvec(&image).unwrap();
+            prop_assert_eq!(postcard::from_bytes::<Image>(&again).unwrap(), image);
+            prop_assert!(again.len() <= bytes.len() - rest.len());
+        }
+    }
+
+    #[test]
+    fn fds_that_lead_nowhere_are_refused(fd in any::<i32>(), file in 0u32..9) {
+        let fds = vec![Fd { fd, file, cloexec: false }];
+        let image = Image { tables: vec![super::Table { pid: 1, fds }], ..Image::default() };
+        prop_assert!(matches!(super::check(&image), Err(RestoreError::Image(_))));
+    }
+}

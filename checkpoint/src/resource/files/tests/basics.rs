@@ -1,0 +1,239 @@
+//! Files, devices, counters, and who shares what.
+
+use std::{
+    fs::{self, File, OpenOptions},
+    io::{Read, Seek, SeekFrom, Write},
+    os::unix::fs::OpenOptionsExt,
+};
+
+use rustix::{
+    event::EventfdFlags,
+    fs::inotify,
+    time::{
+        ClockId, Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, Timespec,
+        clock_gettime, timerfd_create, timerfd_gettime, timerfd_settime,
+    },
+};
+
+use super::*;
+
+pub(super) fn regular() {
+    let dir = dir();
+    let path = format!("{dir}/file");
+    fs::write(&path, "hello world").unwrap();
+    let mut file = File::open(&path).unwrap();
+    file.seek(SeekFrom::Start(6)).unwrap();
+    put(file, 100);
+    put(OpenOptions::new().append(true).open(&path).unwrap(), 101);
+    put(
+        OpenOptions::new()
+            .read(true)
+            .write(true)
+            .custom_flags(libc::O_NONBLOCK | libc::O_SYNC)
+            .open(&path)
+            .unwrap(),
+        102,
+    );
+    put(File::open(&dir).unwrap(), 103);
+    put(OpenOptions::new().read(true).custom_flags(libc::O_PATH).open(&path).unwrap(), 104);
+    std::os::unix::fs::symlink("file", format!("{dir}/link")).unwrap();
+    let link = OpenOptions::new()
+        .read(true)
+        .custom_flags(libc::O_PATH | libc::O_NOFOLLOW)
+        .open(format!("{dir}/link"));
+    put(link.unwrap(), 105);
+    put(File::open("/proc/sys/kernel/ostype").unwrap(), 106);
+    let odd = std::ffi::OsString::from_vec(b"a \xff\n(deleted)".to_vec());
+    put(File::create(std::path::Path::new(&dir).join(odd)).unwrap(), 107);
+}
+
+use std::os::unix::ffi::OsStringExt;
+
+#[test]
+fn files_are_opened_again() {
+    let Some(mut holder) = Holder::start("regular") else { return };
+    assert_eq!(holder.inspect(&Options::default()), []);
+    let restored = holder.migrate();
+    restored.assert_same(100..=107);
+    let mut rest = String::new();
+    File::from(restored.fd(100).try_clone_to_owned().unwrap()).read_to_string(&mut rest).unwrap();
+    assert_eq!(rest, "world");
+    File::from(restored.fd(101).try_clone_to_owned().unwrap()).write_all(b"!").unwrap();
+    assert_eq!(fs::read_to_string(holder.dir.path().join("file")).unwrap(), "hello world!");
+    for (number, name) in [(103, ""), (104, "file"), (105, "link")] {
+        let link = format!("/proc/self/fd/{}", restored.fd(number).as_raw_fd());
+        let path = holder.dir.path().join(name);
+        assert_eq!(fs::read_link(link).unwrap(), path.components().as_path());
+    }
+}
+
+#[test]
+fn another_file_of_that_name_is_refused() {
+    let Some(holder) = Holder::start("regular") else { return };
+    let image = holder.dump();
+    fs::write(holder.dir.path().join("file"), "longer than before").unwrap();
+    let Err(err) = Restored::new(image, BTreeMap::new()) else { panic!("was opened") };
+    let text = err.to_string();
+    assert!(text.contains("/file") && text.contains("is 18 bytes long here, was 11"), "{text}");
+}
+
+pub(super) fn devices() {
+    for (number, path) in
+        (100..).zip(["/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom"])
+    {
+        let file =
+            OpenOptions::new().read(true).write(true).custom_flags(libc::O_NONBLOCK).open(path);
+        put(file.unwrap(), number);
+    }
+}
+
+#[test]
+fn devices_are_opened_again() {
+    let Some(mut holder) = Holder::start("devices") else { return };
+    let restored = holder.migrate();
+    restored.assert_same(100..=104);
+    let mut zeros = [1; 4];
+    rustix::io::read(restored.fd(101), &mut zeros).unwrap();
+    assert_eq!(zeros, [0; 4]);
+    assert_eq!(rustix::io::write(restored.fd(102), b"x"), Err(rustix::io::Errno::NOSPC));
+}
+
+pub(super) fn counters() {
+    put(rustix::event::eventfd(7, EventfdFlags::NONBLOCK).unwrap(), 100);
+    let semaphore = rustix::event::eventfd(3, EventfdFlags::SEMAPHORE).unwrap();
+    rustix::io::write(&semaphore, &(u64::MAX - 9).to_ne_bytes()).unwrap();
+    put(semaphore, 101);
+    put(crate::sys::signalfd::create(1 << 9 | 1 << 40).unwrap(), 102);
+
+    let seconds = |n| Timespec { tv_sec: n, tv_nsec: 0 };
+    let timer = |clock, flags, value, interval| {
+        let fd = timerfd_create(clock, TimerfdFlags::NONBLOCK).unwrap();
+        let spec = Itimerspec { it_interval: interval, it_value: value };
+        timerfd_settime(&fd, flags, &spec).unwrap();
+        fd
+    };
+    let relative = TimerfdTimerFlags::empty();
+    put(timer(TimerfdClockId::Monotonic, relative, seconds(60), seconds(5)), 103);
+    let noon = clock_gettime(ClockId::Realtime).tv_sec + 1000;
+    let wall = TimerfdTimerFlags::ABSTIME | TimerfdTimerFlags::CANCEL_ON_SET;
+    put(timer(TimerfdClockId::Realtime, wall, seconds(noon), seconds(0)), 104);
+    // Has expired some thousand times when it is dumped.
+    let short = Timespec { tv_sec: 0, tv_nsec: 100_000 };
+    let busy = timer(TimerfdClockId::Boottime, relative, short, short);
+    rustix::event::poll(
+        &mut [rustix::event::PollFd::new(&busy, rustix::event::PollFlags::IN)],
+        None,
+    )
+    .unwrap();
+    put(busy, 105);
+    put(timer(TimerfdClockId::Monotonic, relative, seconds(0), seconds(0)), 106);
+}
+
+fn read_u64(fd: BorrowedFd<'_>) -> rustix::io::Result<u64> {
+    let mut word = [0; 8];
+    rustix::io::read(fd, &mut word)?;
+    Ok(u64::from_ne_bytes(word))
+}
+
+#[test]
+fn counters_and_timers_go_on() {
+    let Some(mut holder) = Holder::start("counters") else { return };
+    assert_eq!(holder.inspect(&Options::default()), []);
+    let restored = holder.migrate();
+    restored.assert_same(100..=106);
+    let again = |number: RawFd, key| {
+        assert_eq!(restored.infos[&number].field(key), restored.info(number).field(key), "{key}");
+    };
+    again(100, "eventfd-count");
+    again(101, "eventfd-count");
+    again(101, "eventfd-semaphore");
+    again(102, "sigmask");
+    for number in 103..=106 {
+        again(number, "clockid");
+    }
+    assert_eq!(read_u64(restored.fd(100)), Ok(7));
+    assert_eq!(read_u64(restored.fd(101)), Ok(1));
+
+    let left = |number| timerfd_gettime(restored.fd(number)).unwrap();
+    assert!((50..=60).contains(&left(103).it_value.tv_sec));
+    assert_eq!(left(103).it_interval.tv_sec, 5);
+    assert!((990..=1000).contains(&left(104).it_value.tv_sec));
+    again(104, "settime flags");
+    assert!(read_u64(restored.fd(105)).unwrap() > 0);
+    assert_eq!(left(106).it_value, Timespec { tv_sec: 0, tv_nsec: 0 });
+    assert_eq!(read_u64(restored.fd(106)), Err(rustix::io::Errno::AGAIN));
+}
+
+pub(super) fn shared() {
+    let path = format!("{}/file", dir());
+    fs::write(&path, "abc").unwrap();
+    let file = File::open(&path).unwrap();
+    put(file.try_clone().unwrap(), 100);
+    put(file.try_clone().unwrap(), 101);
+    put(File::open(&path).unwrap(), 102);
+    assert_eq!(rustix::io::fcntl_dupfd_cloexec(file, 103).unwrap().into_raw_fd(), 103);
+}
+
+#[test]
+fn shared_descriptions_stay_shared() {
+    let Some(mut holder) = Holder::start("shared") else { return };
+    // A second table: what a child has inherited.
+    let mut child = Command::new("nsenter")
+        .args(["--target", &holder.pid().to_string(), "--net", "sleep", "1000"])
+        .stdin(Stdio::null())
+        .spawn()
+        .unwrap();
+    let tables = [holder.pid(), Pid::from_raw(child.id().cast_signed())]
+        .map(|pid| TableRef { pid, ns_pid: pid.as_raw() });
+    let options = Options::default();
+    let tasks = tables.map(|table| table.pid);
+    let ctx = Context { options: &options, init: holder.pid(), tasks: &tasks };
+    let findings = inspect(&tables, &ctx).unwrap();
+    child.kill().unwrap();
+    child.wait().unwrap();
+    // The test's own stderr is not the container's, unless init has it too.
+    assert!(findings.iter().all(|finding| !finding.object.contains("fd 10")), "{findings:?}");
+
+    let image = holder.dump();
+    let file = |number| {
+        let fd = image.tables[0].fds.iter().find(|fd| fd.fd == number).unwrap();
+        (fd.file, fd.cloexec)
+    };
+    assert_eq!(file(100).0, file(101).0);
+    assert_ne!(file(100).0, file(102).0);
+    assert_eq!(file(103), (file(100).0, true));
+    assert!(!file(100).1);
+    let restored = holder.migrate();
+    rustix::fs::seek(restored.fd(100), rustix::fs::SeekFrom::Start(2)).unwrap();
+    assert_eq!(restored.info(101).pos, 2);
+    assert_eq!(restored.info(102).pos, 0);
+}
+
+pub(super) fn inotify() {
+    put(inotify::init(inotify::CreateFlags::CLOEXEC).unwrap(), 100);
+}
+
+#[test]
+fn what_cannot_move_is_refused_by_name() {
+    let Some(holder) = Holder::start("inotify") else { return };
+    let findings = holder.inspect(&Options::default());
+    let name = format!("fd 100 of pid {}", holder.pid());
+    let [finding] = refusals(&findings)[..] else { panic!("{findings:?}") };
+    assert_eq!(
+        (&finding.object, &*finding.reason),
+        (&name, "is an inotify instance, which cannot be moved")
+    );
+    let Err(DumpError::Refused(refused)) = holder.try_dump(&Options::default()) else { panic!() };
+    assert_eq!(&*refused, finding);
+}
+
+#[test]
+fn standard_streams_are_replaced() {
+    let Some(mut holder) = Holder::start("devices") else { return };
+    let restored = holder.migrate();
+    for number in 0..2 {
+        let theirs = restored.stdio[usize::try_from(number).unwrap()].as_fd();
+        let same = crate::sys::kcmp::files(restored.fd(number), theirs).unwrap();
+        assert!(same.is_eq(), "fd {number}");
+    }
+}

@@ -1,0 +1,45 @@
+//! Socket options by number (`getsockopt(2)`, `setsockopt(2)`).
+//!
+//! The engine carries options as the kernel's own bytes: a typed wrapper per
+//! option would say the same in more words.
+
+use std::{
+    io,
+    os::fd::{AsRawFd, BorrowedFd},
+};
+
+/// Reads an option into `value` and returns how many bytes it has.
+pub(crate) fn get(
+    socket: BorrowedFd<'_>,
+    level: i32,
+    name: i32,
+    value: &mut [u8],
+) -> io::Result<usize> {
+    let mut len = libc::socklen_t::try_from(value.len()).map_err(io::Error::other)?;
+    // SAFETY: the kernel writes at most `len` bytes into `value`.
+    let n = unsafe {
+        libc::getsockopt(socket.as_raw_fd(), level, name, value.as_mut_ptr().cast(), &raw mut len)
+    };
+    if n < 0 { Err(io::Error::last_os_error()) } else { Ok(len as usize) }
+}
+
+/// Reads an option that is an `int`.
+pub(crate) fn get_int(socket: BorrowedFd<'_>, level: i32, name: i32) -> io::Result<i32> {
+    let mut value = [0; 4];
+    get(socket, level, name, &mut value)?;
+    Ok(i32::from_ne_bytes(value))
+}
+
+/// Sets an option to the bytes of `value`.
+pub(crate) fn set(socket: BorrowedFd<'_>, level: i32, name: i32, value: &[u8]) -> io::Result<()> {
+    let len = libc::socklen_t::try_from(value.len()).map_err(io::Error::other)?;
+    // SAFETY: the kernel reads `len` bytes of `value`.
+    let n =
+        unsafe { libc::setsockopt(socket.as_raw_fd(), level, name, value.as_ptr().cast(), len) };
+    if n < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+/// Sets an option that is an `int`.
+pub(crate) fn set_int(socket: BorrowedFd<'_>, level: i32, name: i32, value: i32) -> io::Result<()> {
+    set(socket, level, name, &value.to_ne_bytes())
+}
