@@ -1,6 +1,6 @@
-//! Memory objects without a name in the file system that processes share:
-//! anonymous shared memory and memfds (`memfd_create(2)`). Each travels once,
-//! whoever maps it.
+//! Content without a name in the file system: anonymous shared memory, memfds
+//! (`memfd_create(2)`), deleted files. Each travels once, whoever maps it or
+//! has it open.
 
 use std::{
     collections::BTreeMap,
@@ -8,7 +8,7 @@ use std::{
     fs::{self, File},
     io::{self, IoSlice},
     os::{
-        fd::{AsFd, BorrowedFd},
+        fd::{AsFd, AsRawFd, BorrowedFd},
         unix::fs::{FileExt, MetadataExt},
     },
 };
@@ -19,14 +19,18 @@ use nix::{
 };
 use serde::{Deserialize, Serialize};
 
-use super::memory::{Sent, encode_runs};
+use super::{
+    files::ghost::Deleted,
+    memory::{Sent, encode_runs},
+};
 use crate::{
     image::{ImageSink, Kind},
     proc::{Vma, VmaKind},
     sys,
 };
 
-/// A memory object: its inode on the source.
+/// An object: its inode on the source, or a number above all of those for a
+/// deleted file, whose inode is only unique on its own file system.
 pub(crate) type ObjectId = u64;
 
 /// What an object is.
@@ -38,7 +42,11 @@ enum ObjectKind {
         name: Vec<u8>,
         seals: i32,
     },
+    Deleted(Deleted),
 }
+
+/// Ids of deleted files count up from here.
+const FIRST_DELETED: ObjectId = 1 << 63;
 
 /// One object.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -72,7 +80,7 @@ pub(crate) fn nature(vma: &Vma) -> Nature {
         VmaKind::File { path, .. } if path.starts_with(b"anon_inode:") => {
             Nature::Unmovable("is the memory of a kernel object")
         }
-        VmaKind::File { deleted: true, .. } => Nature::Unmovable("shows a deleted file"),
+        VmaKind::File { deleted: true, .. } => Nature::Object,
         _ => Nature::File,
     }
 }
@@ -81,9 +89,43 @@ pub(crate) fn nature(vma: &Vma) -> Nature {
 #[derive(Default)]
 pub(crate) struct Objects {
     found: BTreeMap<ObjectId, (Object, File)>,
+    /// Deleted files by device and inode.
+    deleted: BTreeMap<(u64, u64), ObjectId>,
 }
 
 impl Objects {
+    /// Takes in a memfd that someone has open, unless it is known already.
+    pub(crate) fn hold_memfd(&mut self, fd: BorrowedFd<'_>, name: &[u8]) -> io::Result<ObjectId> {
+        let file = File::from(fd.try_clone_to_owned()?);
+        let id = file.metadata()?.ino();
+        if !self.found.contains_key(&id) {
+            let seals = rustix::fs::fcntl_get_seals(&file)?.bits().cast_signed();
+            let kind = ObjectKind::Memfd { name: name.to_vec(), seals };
+            self.hold(id, kind, file)?;
+        }
+        Ok(id)
+    }
+
+    /// Takes in a deleted file that last had `path`, unless it is known already.
+    pub(crate) fn hold_deleted(&mut self, fd: BorrowedFd<'_>, path: &[u8]) -> io::Result<ObjectId> {
+        let stat = rustix::fs::fstat(fd)?;
+        if let Some(id) = self.deleted.get(&(stat.st_dev, stat.st_ino)) {
+            return Ok(*id);
+        }
+        let id = FIRST_DELETED + self.deleted.len() as u64;
+        // The owner's description may be one for writing only.
+        let file = File::open(format!("/proc/self/fd/{}", fd.as_raw_fd()))?;
+        self.hold(id, ObjectKind::Deleted(Deleted::of(fd, path)?), file)?;
+        self.deleted.insert((stat.st_dev, stat.st_ino), id);
+        Ok(id)
+    }
+
+    fn hold(&mut self, id: ObjectId, kind: ObjectKind, file: File) -> io::Result<()> {
+        let size = file.metadata()?.size();
+        self.found.insert(id, (Object { id, kind, size }, file));
+        Ok(())
+    }
+
     /// The object behind `vma` of `pid`, if it is one.
     pub(crate) fn identify(&mut self, pid: Pid, vma: &Vma) -> io::Result<Option<ObjectId>> {
         let VmaKind::File { path, id: (_, inode), .. } = &vma.kind else { return Ok(None) };
@@ -92,20 +134,14 @@ impl Objects {
             Nature::File => return Ok(None),
             Nature::Unmovable(what) => return Err(io::Error::other(what)),
         }
-        if !self.found.contains_key(inode) {
-            let file = map_file(pid, vma)?;
-            let size = file.metadata()?.size();
-            let kind = match path.strip_prefix(b"/memfd:") {
-                Some(name) => ObjectKind::Memfd {
-                    name: name.to_vec(),
-                    seals: nix::fcntl::fcntl(
-                        std::os::fd::AsRawFd::as_raw_fd(&file),
-                        nix::fcntl::FcntlArg::F_GET_SEALS,
-                    )?,
-                },
-                None => ObjectKind::Anonymous,
-            };
-            self.found.insert(*inode, (Object { id: *inode, kind, size }, file));
+        if self.found.contains_key(inode) {
+            return Ok(Some(*inode));
+        }
+        let file = map_file(pid, vma)?;
+        match path.strip_prefix(b"/memfd:") {
+            Some(name) => return self.hold_memfd(file.as_fd(), name).map(Some),
+            None if path == b"/dev/zero" => self.hold(*inode, ObjectKind::Anonymous, file)?,
+            None => return self.hold_deleted(file.as_fd(), path).map(Some),
         }
         Ok(Some(*inode))
     }
@@ -141,7 +177,6 @@ pub(crate) fn map_file(pid: Pid, vma: &Vma) -> io::Result<File> {
 
 /// The next range that is not a hole.
 fn next_data(file: &File, from: u64) -> io::Result<Option<(u64, u64)>> {
-    use std::os::fd::AsRawFd;
     let seek = |from: u64, whence| {
         let from = i64::try_from(from).map_err(|_| nix::Error::EINVAL)?;
         lseek(file.as_raw_fd(), from, whence).map(i64::cast_unsigned)
@@ -160,14 +195,20 @@ pub(crate) struct Created {
 }
 
 impl Created {
-    /// Creates an empty object of the right size.
-    pub(crate) fn create(&mut self, object: Object) -> io::Result<()> {
+    /// Creates an empty object of the right size; `root` is the container's
+    /// root directory.
+    pub(crate) fn create(&mut self, object: Object, root: BorrowedFd<'_>) -> io::Result<()> {
         let file = match &object.kind {
             ObjectKind::Anonymous => File::from(sys::memory::shared_anonymous(object.size)?),
             ObjectKind::Memfd { name, .. } => {
                 let name = CString::new(name.clone())?;
                 let flags = MemFdCreateFlag::MFD_CLOEXEC | MemFdCreateFlag::MFD_ALLOW_SEALING;
                 let file = File::from(memfd_create(&name, flags)?);
+                file.set_len(object.size)?;
+                file
+            }
+            ObjectKind::Deleted(deleted) => {
+                let file = deleted.create(root)?;
                 file.set_len(object.size)?;
                 file
             }
@@ -196,10 +237,13 @@ impl Created {
         self.files.get(&id).map(|(_, file)| file.as_fd())
     }
 
-    /// Seals what was sealed: after everybody has mapped it.
+    /// Seals what was sealed and finishes what was deleted: after everybody
+    /// has mapped it.
     pub(crate) fn seal(&self) -> io::Result<()> {
-        use std::os::fd::AsRawFd;
         for (object, file) in self.files.values() {
+            if let ObjectKind::Deleted(deleted) = &object.kind {
+                deleted.finish(file)?;
+            }
             if let ObjectKind::Memfd { seals, .. } = object.kind
                 && seals != 0
             {

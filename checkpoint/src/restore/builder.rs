@@ -93,7 +93,9 @@ impl Builder {
             (None, _) => return Err(RestoreError::Image("it does not begin with its head".into())),
             (Some(_), Kind::Object) => {
                 let object: Object = decode(body)?;
-                self.objects.create(object).map_err(RestoreError::Source)?;
+                self.objects
+                    .create(object, self.directory.as_fd())
+                    .map_err(RestoreError::Source)?;
             }
             (Some(_), Kind::ObjectPages) => {
                 let Runs { owner, runs, data } = runs(body)?;

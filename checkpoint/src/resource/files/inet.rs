@@ -66,7 +66,7 @@ pub(super) fn dump(
     family: i32,
     protocol: i32,
     source: &Source<'_>,
-    out: &mut Collector,
+    out: &mut Collector<'_>,
 ) -> Result<Image, Refusal> {
     let socket = held.fd.as_fd();
     let tcp = protocol == libc::IPPROTO_TCP;
@@ -87,7 +87,7 @@ pub(super) fn dump(
     })
 }
 
-fn tcp_state(held: &Held, source: &Source<'_>, out: &mut Collector) -> Result<State, Refusal> {
+fn tcp_state(held: &Held, source: &Source<'_>, out: &mut Collector<'_>) -> Result<State, Refusal> {
     let socket = held.fd.as_fd();
     let mut ulp = [0; 16];
     if raw::get(socket, libc::IPPROTO_TCP, libc::TCP_ULP, &mut ulp).is_ok_and(|n| n > 0) {
@@ -126,7 +126,7 @@ fn tcp_state(held: &Held, source: &Source<'_>, out: &mut Collector) -> Result<St
     }
 }
 
-fn udp_state(held: &Held, source: &Source<'_>, out: &mut Collector) -> Result<State, Refusal> {
+fn udp_state(held: &Held, source: &Source<'_>, out: &mut Collector<'_>) -> Result<State, Refusal> {
     if socket::received(held.fd.as_fd()).doing("read the length of its queue")? > 0 {
         out.losses.push("drops datagrams nobody has read yet".to_owned());
     }

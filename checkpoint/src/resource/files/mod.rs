@@ -11,6 +11,7 @@ mod epoll;
 mod error;
 mod eventfd;
 mod fdinfo;
+pub(crate) mod ghost;
 mod inet;
 mod pipe;
 mod regular;
@@ -41,6 +42,7 @@ use self::{
     root::Root,
     table::{Held, Tables},
 };
+use super::shared::{Created, Objects};
 use crate::{DumpError, Finding, Judgement, Options, RestoreError};
 
 /// Most descriptions, fds, pipes and queued messages an image may hold.
@@ -110,6 +112,10 @@ pub(crate) enum Kind {
     Inet(inet::Image),
     /// A unix socket.
     Unix(unix::Image),
+    /// A file without a name.
+    Ghost(ghost::Image),
+    /// A directory without a name.
+    GhostDirectory(ghost::Directory),
 }
 
 /// One fd table.
@@ -135,13 +141,18 @@ pub(crate) struct Fd {
 /// Judges every fd of a running tree without disturbing it.
 pub(crate) fn inspect(tables: &[TableRef], ctx: &Context<'_>) -> Result<Vec<Finding>, DumpError> {
     let source = Source::collect(tables, ctx, false)?;
-    Ok(source.read().1)
+    Ok(source.read(&mut Objects::default()).1)
 }
 
-/// Reads every fd of a tree that stands still.
-pub(crate) fn dump(tables: &[TableRef], ctx: &Context<'_>) -> Result<Image, DumpError> {
+/// Reads every fd of a tree that stands still. The content of files without a
+/// name is added to `objects`.
+pub(crate) fn dump(
+    tables: &[TableRef],
+    ctx: &Context<'_>,
+    objects: &mut Objects,
+) -> Result<Image, DumpError> {
     let source = Source::collect(tables, ctx, true)?;
-    let (image, findings) = source.read();
+    let (image, findings) = source.read(objects);
     match findings.into_iter().find(|f| f.judgement == Judgement::Refused) {
         Some(finding) => Err(DumpError::Refused(Box::new(finding))),
         None => Ok(image),
@@ -161,8 +172,9 @@ struct Source<'a> {
 }
 
 /// What reading collects besides the descriptions themselves.
-#[derive(Default)]
-struct Collector {
+struct Collector<'a> {
+    /// Content that several may share.
+    objects: &'a mut Objects,
     pipes: Vec<pipe::Image>,
     /// Index of a pipe by its device and inode.
     pipe_ids: HashMap<(u64, u64), u32>,
@@ -183,8 +195,9 @@ impl<'a> Source<'a> {
         Ok(source)
     }
 
-    fn read(&self) -> (Image, Vec<Finding>) {
-        let mut out = Collector::default();
+    fn read(&self, objects: &mut Objects) -> (Image, Vec<Finding>) {
+        let (pipes, pipe_ids, losses) = Default::default();
+        let mut out = Collector { objects, pipes, pipe_ids, losses };
         let mut findings = Vec::new();
         let mut files = Vec::with_capacity(self.tables.held.len());
         for (id, held) in self.tables.held.iter().enumerate() {
@@ -202,16 +215,16 @@ impl<'a> Source<'a> {
             }
             out.losses.drain(..).for_each(|loss| note(Judgement::Loss, loss, ""));
         }
-        let Collector { pipes, pipe_ids: _, losses: _ } = out;
+        let Collector { objects: _, pipes, pipe_ids: _, losses: _ } = out;
         (Image { files, pipes, tables: self.tables.image() }, findings)
     }
 
-    fn kind(&self, id: usize, held: &Held, out: &mut Collector) -> Result<Kind, Refusal> {
+    fn kind(&self, id: usize, held: &Held, out: &mut Collector<'_>) -> Result<Kind, Refusal> {
         if let Some(n) = self.stdio[id] {
             return Ok(Kind::Stdio(n));
         }
         if held.info.oflags().contains(OFlags::PATH) {
-            return regular::dump(held, self, out).map(Kind::Regular);
+            return regular::dump(held, self, out);
         }
         if let Some(name) = held.anon_inode() {
             return match name {
@@ -223,9 +236,7 @@ impl<'a> Source<'a> {
             };
         }
         match held.file_type() {
-            FileType::RegularFile | FileType::Directory => {
-                regular::dump(held, self, out).map(Kind::Regular)
-            }
+            FileType::RegularFile | FileType::Directory => regular::dump(held, self, out),
             FileType::CharacterDevice => device::dump(held, self).map(Kind::Device),
             FileType::Fifo => pipe::dump(held, self, out).map(Kind::Pipe),
             FileType::Socket => socket::dump(held, self, out),
@@ -255,7 +266,7 @@ fn anon_inode_in_words(name: &str) -> String {
 }
 
 /// Where files are to be made.
-#[derive(Debug, Clone, Copy)]
+#[derive(Clone, Copy)]
 pub(crate) struct Target<'a> {
     /// The container's root directory; `O_PATH` suffices.
     pub(crate) root: BorrowedFd<'a>,
@@ -263,6 +274,8 @@ pub(crate) struct Target<'a> {
     pub(crate) netns: BorrowedFd<'a>,
     /// What takes the place of standard streams that led out of the container.
     pub(crate) stdio: [BorrowedFd<'a>; 3],
+    /// The objects that came with the image, filled.
+    pub(crate) objects: &'a Created,
 }
 
 /// Every description of an image, made and filled; no task has them yet.
@@ -321,6 +334,8 @@ pub(crate) fn open(image: &Image, target: &Target<'_>) -> Result<Opened, Restore
                 timerfd::open(timer, oflags)
             }
             Kind::SignalFd(mask) => signalfd::open(*mask, oflags),
+            Kind::Ghost(file) => ghost::open(file, oflags, target),
+            Kind::GhostDirectory(file) => ghost::open_directory(file, oflags, target),
         }
         .map_err(failed(id))?;
         made[id] = Some(fd);

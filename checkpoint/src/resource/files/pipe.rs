@@ -84,7 +84,11 @@ fn has_writer(reader: &Held) -> io::Result<bool> {
     }
 }
 
-pub(super) fn dump(held: &Held, source: &Source<'_>, out: &mut Collector) -> Result<End, Refusal> {
+pub(super) fn dump(
+    held: &Held,
+    source: &Source<'_>,
+    out: &mut Collector<'_>,
+) -> Result<End, Refusal> {
     let pipe = match out.pipe_ids.get(&held.object()) {
         Some(known) => *known,
         None => {

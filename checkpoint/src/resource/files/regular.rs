@@ -5,10 +5,12 @@ use std::os::{fd::OwnedFd, unix::ffi::OsStrExt};
 use rustix::fs::{FileType, OFlags, SeekFrom};
 use serde::{Deserialize, Serialize};
 
-use super::{Collector, Doing, Failure, Making, Refusal, Source, Target, root, table::Held};
+use super::{
+    Collector, Doing, Failure, Kind, Making, Refusal, Source, Target, ghost, root, table::Held,
+};
 
 /// Flags that `open` takes again; never one that creates or empties a file.
-const REOPEN: OFlags = OFlags::ACCMODE
+pub(super) const REOPEN: OFlags = OFlags::ACCMODE
     .union(OFlags::APPEND)
     .union(OFlags::NONBLOCK)
     .union(OFlags::SYNC)
@@ -38,8 +40,12 @@ pub(crate) struct Image {
 pub(super) fn dump(
     held: &Held,
     source: &Source<'_>,
-    out: &mut Collector,
-) -> Result<Image, Refusal> {
+    out: &mut Collector<'_>,
+) -> Result<Kind, Refusal> {
+    let is_path = held.info.oflags().contains(OFlags::PATH);
+    if !is_path && ghost::is_memfd(held) {
+        return ghost::dump_memfd(held, out).map(Kind::Ghost);
+    }
     let Some(path) = source.root.path(held) else {
         return Err(Refusal::new(
             format!("is {}, outside the container's mounts", held.link()),
@@ -47,12 +53,20 @@ pub(super) fn dump(
         ));
     };
     if !source.root.leads_to(&path, held) {
+        match held.file_type() {
+            FileType::RegularFile if held.stat.st_nlink == 0 && !is_path => {
+                return ghost::dump(held, &path, out).map(Kind::Ghost);
+            }
+            FileType::Directory if held.stat.st_nlink == 0 => {
+                return ghost::dump_directory(held, &path).map(Kind::GhostDirectory);
+            }
+            _ => (),
+        }
         return Err(Refusal::new(
-            format!("is {}, deleted or hidden below another mount", held.link()),
+            format!("is {}, which is renamed, deleted or hidden by a mount", held.link()),
             "close it first",
         ));
     }
-    let is_path = held.info.oflags().contains(OFlags::PATH);
     let pos = held.info.pos;
     if held.file_type() == FileType::Directory && pos != 0 && !is_path {
         // The position is the filesystem's own cookie.
@@ -61,12 +75,12 @@ pub(super) fn dump(
             held.link()
         ));
     }
-    Ok(Image {
+    Ok(Kind::Regular(Image {
         path: path.as_os_str().as_bytes().to_vec(),
         file_type: held.stat.st_mode & libc::S_IFMT,
         size: size(&held.fd, held.file_type()).doing("read its size")?,
         pos: if is_path { 0 } else { pos },
-    })
+    }))
 }
 
 /// The size where it means the same on both hosts.

@@ -5,7 +5,7 @@ use std::{
     ffi::OsStr,
     fs, io,
     os::{
-        fd::{BorrowedFd, OwnedFd},
+        fd::{AsFd, BorrowedFd, OwnedFd},
         unix::ffi::OsStrExt,
     },
     path::{Path, PathBuf},
@@ -51,12 +51,9 @@ impl Root {
 
     /// Whether `path` still leads to this very file.
     pub(super) fn leads_to(&self, path: &Path, held: &Held) -> bool {
-        let found = resolve(
-            std::os::fd::AsFd::as_fd(&self.fd),
-            path.as_os_str().as_bytes(),
-            OFlags::PATH | OFlags::NOFOLLOW,
-        )
-        .and_then(|fd| Ok(rustix::fs::fstat(fd)?));
+        let found =
+            resolve(self.fd.as_fd(), path.as_os_str().as_bytes(), OFlags::PATH | OFlags::NOFOLLOW)
+                .and_then(|fd| Ok(rustix::fs::fstat(fd)?));
         found.is_ok_and(|stat| (stat.st_dev, stat.st_ino) == held.object())
     }
 }
@@ -66,4 +63,22 @@ pub(super) fn resolve(root: BorrowedFd<'_>, path: &[u8], flags: OFlags) -> io::R
     let path = OsStr::from_bytes(path);
     let how = ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS;
     Ok(rustix::fs::openat2(root, path, flags | OFlags::CLOEXEC, Mode::empty(), how)?)
+}
+
+/// The directory that a path of the container leads into.
+pub(super) struct Parent<'a> {
+    pub(super) fd: OwnedFd,
+    pub(super) name: &'a OsStr,
+}
+
+impl<'a> Parent<'a> {
+    pub(super) fn open(root: BorrowedFd<'_>, path: &'a [u8]) -> io::Result<Self> {
+        let at = path.iter().rposition(|byte| *byte == b'/').ok_or(io::ErrorKind::InvalidInput)?;
+        let (parent, name) = (&path[..=at], &path[at + 1..]);
+        if matches!(name, b"" | b"." | b"..") {
+            return Err(io::ErrorKind::InvalidInput.into());
+        }
+        let fd = resolve(root, parent, OFlags::PATH | OFlags::DIRECTORY)?;
+        Ok(Self { fd, name: OsStr::from_bytes(name) })
+    }
 }

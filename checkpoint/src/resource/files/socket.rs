@@ -70,7 +70,7 @@ pub(super) fn received(socket: BorrowedFd<'_>) -> io::Result<u32> {
 pub(super) fn dump(
     held: &Held,
     source: &super::Source<'_>,
-    out: &mut Collector,
+    out: &mut Collector<'_>,
 ) -> Result<Kind, Refusal> {
     let socket = held.fd.as_fd();
     let option = |name| sockopt::get_int(socket, libc::SOL_SOCKET, name).doing("read its options");

@@ -5,13 +5,14 @@
 
 mod basics;
 mod epolls;
+mod ghosts;
 mod pipes;
 mod sockets;
 
 use std::{
     collections::BTreeMap,
     env, fs,
-    io::{BufRead, BufReader},
+    io::{self, BufRead, BufReader},
     os::fd::{AsFd, AsRawFd, BorrowedFd, IntoRawFd, OwnedFd, RawFd},
     process::{Child, ChildStdout, Command, Stdio},
     thread,
@@ -29,7 +30,14 @@ use proptest::prelude::*;
 use rustix::fs::{Mode, OFlags};
 
 use super::{Context, Fd, Image, Opened, TableRef, Target, dump, fdinfo::FdInfo, inspect, open};
-use crate::{DumpError, Finding, Judgement, Options, RestoreError};
+use crate::{
+    DumpError, Finding, Judgement, Options, RestoreError,
+    image::{self, ImageSink},
+    resource::{
+        memory::{Runs, decode_runs},
+        shared::{Created, Objects},
+    },
+};
 
 const WORLD: &str = "DUNLIN_TEST_WORLD";
 const WORLD_DIR: &str = "DUNLIN_TEST_DIR";
@@ -40,6 +48,7 @@ const WORLDS: &[(&str, fn())] = &[
     ("devices", basics::devices),
     ("counters", basics::counters),
     ("shared", basics::shared),
+    ("ghosts", ghosts::ghosts),
     ("inotify", basics::inotify),
     ("pipes", pipes::pipes),
     ("outside_pipe", pipes::outside_pipe),
@@ -148,10 +157,14 @@ impl Holder {
 
     /// Stops the holder and dumps it; the image travels through its bytes.
     fn try_dump(&self, options: &Options) -> Result<Image, DumpError> {
+        self.try_dump_with(options, &mut Objects::default())
+    }
+
+    fn try_dump_with(&self, options: &Options, objects: &mut Objects) -> Result<Image, DumpError> {
         self.stop();
         let tasks = [self.pid()];
         let ctx = Context { options, init: self.pid(), tasks: &tasks };
-        let image = dump(&self.tables(), &ctx)?;
+        let image = dump(&self.tables(), &ctx, objects)?;
         let bytes = postcard::to_stdvec(&image).unwrap();
         assert_eq!(postcard::from_bytes::<Image>(&bytes).unwrap(), image);
         Ok(image)
@@ -163,7 +176,10 @@ impl Holder {
     }
 
     fn migrate_with(&mut self, options: &Options) -> Restored {
-        let image = self.try_dump(options).unwrap();
+        let mut objects = Objects::default();
+        let image = self.try_dump_with(options, &mut objects).unwrap();
+        let mut records = Records::default();
+        objects.dump(&mut records).unwrap();
         let flags = image.tables[0]
             .fds
             .iter()
@@ -171,8 +187,39 @@ impl Holder {
             .collect();
         self.child.kill().unwrap();
         self.child.wait().unwrap();
-        Restored::new(image, flags).unwrap()
+        Restored::new(image, flags, records.create()).unwrap()
     }
+}
+
+/// The records of the objects, as they travel.
+#[derive(Default)]
+struct Records(Vec<(u16, Vec<u8>)>);
+
+impl ImageSink for Records {
+    fn put(&mut self, kind: u16, parts: &[io::IoSlice<'_>]) -> io::Result<()> {
+        self.0.push((kind, parts.iter().flat_map(|part| part.to_vec()).collect()));
+        Ok(())
+    }
+}
+
+impl Records {
+    fn create(&self) -> Created {
+        let mut created = Created::default();
+        for (kind, body) in &self.0 {
+            if *kind == image::Kind::Object as u16 {
+                let object = postcard::from_bytes(body).unwrap();
+                created.create(object, root().as_fd()).unwrap();
+            } else {
+                let Runs { owner, runs, data } = decode_runs(body).unwrap();
+                created.fill(owner, &runs, data).unwrap();
+            }
+        }
+        created
+    }
+}
+
+fn root() -> OwnedFd {
+    rustix::fs::open("/", OFlags::PATH | OFlags::CLOEXEC, Mode::empty()).unwrap()
 }
 
 impl Drop for Holder {
@@ -194,8 +241,12 @@ struct Restored {
 }
 
 impl Restored {
-    fn new(image: Image, infos: BTreeMap<RawFd, FdInfo>) -> Result<Self, RestoreError> {
-        let root = rustix::fs::open("/", OFlags::PATH | OFlags::CLOEXEC, Mode::empty()).unwrap();
+    fn new(
+        image: Image,
+        infos: BTreeMap<RawFd, FdInfo>,
+        objects: Created,
+    ) -> Result<Self, RestoreError> {
+        let root = root();
         let netns = new_netns();
         let stdio: [OwnedFd; 3] = std::array::from_fn(|_| {
             rustix::event::eventfd(0, rustix::event::EventfdFlags::CLOEXEC).unwrap()
@@ -204,8 +255,10 @@ impl Restored {
             root: root.as_fd(),
             netns: netns.as_fd(),
             stdio: [stdio[0].as_fd(), stdio[1].as_fd(), stdio[2].as_fd()],
+            objects: &objects,
         };
         let mut opened = open(&image, &target)?;
+        objects.seal().unwrap();
         opened.arm()?;
         let pid = image.tables[0].pid;
         Ok(Self { opened, infos, pid, netns, stdio })

@@ -91,7 +91,7 @@ pub(super) fn dump(
     held: &Held,
     kind: i32,
     source: &Source<'_>,
-    out: &mut Collector,
+    out: &mut Collector<'_>,
 ) -> Result<Image, Refusal> {
     let Some(socket) = diag(held, source) else {
         return Err(Refusal::unmovable("is a unix socket the kernel does not list"));

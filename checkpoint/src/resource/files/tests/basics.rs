@@ -72,7 +72,9 @@ fn another_file_of_that_name_is_refused() {
     let Some(holder) = Holder::start("regular") else { return };
     let image = holder.dump();
     fs::write(holder.dir.path().join("file"), "longer than before").unwrap();
-    let Err(err) = Restored::new(image, BTreeMap::new()) else { panic!("was opened") };
+    let Err(err) = Restored::new(image, BTreeMap::new(), Created::default()) else {
+        panic!("was opened")
+    };
     let text = err.to_string();
     assert!(text.contains("/file") && text.contains("is 18 bytes long here, was 11"), "{text}");
 }
