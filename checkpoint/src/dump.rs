@@ -13,6 +13,7 @@ use crate::{
     inspect::{adopt_session, node, require},
     proc::{self, Stat, Status},
     resource::{
+        files::{self, TableRef},
         fs, limits,
         memory::{self, Layout},
         mm, shared,
@@ -93,6 +94,7 @@ impl Frozen {
         }
         let head = self.head(&images)?;
         report.bytes += image::put(sink, Kind::Head, &head).map_err(DumpError::Sink)?;
+        report.bytes += image::put(sink, Kind::Files, &self.files()?).map_err(DumpError::Sink)?;
         let (layouts, objects) = self.layouts()?;
         let sent = objects.dump(sink).map_err(DumpError::Sink)?;
         report.pages += sent.pages;
@@ -122,6 +124,9 @@ impl Frozen {
             let stat = Stat::of(process.pid).map_err(|_| DumpError::Vanished(process.pid))?;
             let mut node = node(process.pid == root.pid, &process.status, &stat);
             let image = images.iter().find(|i| i.pid == node.pid);
+            let stopped = process.threads.first().is_some_and(|t| t.job_stopped);
+            // Whether the parent has waited for the stop.
+            node.stopped = stopped.then_some(stat.exit_code == 0);
             node.subreaper = image.is_some_and(|i| i.mm.is_subreaper());
             nodes.push(node);
         }
@@ -135,6 +140,16 @@ impl Frozen {
             vdso: host::vdso_checksum().map_err(failed("read the vDSO", Pid::this()))?,
             nodes,
         })
+    }
+
+    /// Every open file of the tree.
+    fn files(&self) -> Result<files::Image, DumpError> {
+        let living = || self.tree.processes.iter().filter(|p| !p.is_zombie());
+        let tables: Vec<TableRef> =
+            living().map(|p| TableRef { pid: p.pid, ns_pid: p.status.tgid() }).collect();
+        let tasks: Vec<Pid> = living().map(|p| p.pid).collect();
+        let init = self.tree.processes[0].pid;
+        files::dump(&tables, &files::Context { options: &self.options, init, tasks: &tasks })
     }
 
     /// The mappings of every process, and the objects that are mapped.
@@ -209,6 +224,7 @@ fn dump_process(
     let asked_mm = mm::ask(&mut batch);
     let asked_timers = timers::ask(pid, |tid| ids.get(&tid).copied(), &mut batch)
         .map_err(failed("read the timers", pid))?;
+    let asked_limits = limits::ask(&mut batch);
     let asked_leader = threads::ask(&mut batch);
     let results = remote.run(leader, &batch).map_err(failed("ask for its state", pid))?;
     let mut images = Vec::with_capacity(statuses.len());
@@ -226,8 +242,8 @@ fn dump_process(
         actions: signals::answer(&actions, &results),
         queue: Queue::default(),
         timers,
-        limits: limits::Process::dump(pid).map_err(failed("read resource limits", pid))?,
-        stopped: leader.job_stopped,
+        limits: limits::answer(&asked_limits, &results, pid)
+            .map_err(failed("read resource limits", pid))?,
         threads: images,
     })
 }

@@ -11,7 +11,10 @@ use nix::unistd::Pid;
 use crate::{
     DumpError, Finding, Judgement, Options, Verdict,
     proc::{self, Stat, Status},
-    resource::{memory, tree},
+    resource::{
+        files::{self, TableRef},
+        memory, tree,
+    },
     skeleton,
 };
 
@@ -21,14 +24,21 @@ pub(crate) fn inspect(root: Pid, options: &Options) -> Result<Verdict, DumpError
     let processes = proc::processes_below(root).map_err(|_| DumpError::NoProcess(root))?;
     let home = Home::of(root).ok_or(DumpError::NoProcess(root))?;
     let mut nodes = Vec::new();
+    let mut tables = Vec::new();
     for &pid in &processes {
         // What has ended meanwhile has nothing to refuse.
         let (Ok(status), Ok(stat)) = (Status::of(pid), Stat::of(pid)) else { continue };
         nodes.push(node(pid == root, &status, &stat));
         if status.state != 'Z' {
+            tables.push(TableRef { pid, ns_pid: status.tgid() });
             judge_process(pid, &status, &stat, &home, &mut verdict);
         }
     }
+    let tables = tables.as_slice();
+    let tasks = &processes;
+    verdict
+        .findings
+        .extend(files::inspect(tables, &files::Context { options, init: root, tasks })?);
     if options.shell_job && nodes.first().is_some_and(|n| n.sid != n.pid) {
         adopt_session(&mut nodes);
     }
@@ -58,6 +68,7 @@ pub(crate) fn node(is_root: bool, status: &Status, stat: &Stat) -> tree::Node {
         sid: status.sid(),
         exit_signal: stat.exit_signal,
         subreaper: false,
+        stopped: None,
         zombie: (status.state == 'Z').then_some(stat.exit_code),
     }
 }

@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     RestoreError,
-    image::{ImageSource, Kind},
+    image::{Assembler, ImageSource, Kind},
 };
 use builder::{Builder, Built};
 
@@ -45,13 +45,13 @@ pub fn restore(sandbox: Sandbox, source: &mut dyn ImageSource) -> Result<Nascent
     let mut builder = Builder::seize(sandbox)?;
     let started = std::time::Instant::now();
     let mut body = Vec::new();
+    let mut assembler = Assembler::default();
     let mut report = RestoreReport::default();
     loop {
         let raw = source.next(&mut body).map_err(RestoreError::Source)?;
         let raw = raw.ok_or_else(|| RestoreError::Image("it ends before its end".into()))?;
-        let kind = Kind::of(raw)
-            .ok_or_else(|| RestoreError::Image(format!("record of unknown kind {raw}")))?;
         report.bytes += body.len() as u64;
+        let Some(kind) = assembler.take(raw, &mut body)? else { continue };
         if kind == Kind::End {
             break;
         }

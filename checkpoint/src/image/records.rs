@@ -26,8 +26,6 @@ pub(crate) struct Process {
     pub(crate) queue: signals::Queue,
     pub(crate) timers: timers::Image,
     pub(crate) limits: limits::Process,
-    /// Stopped by job control.
-    pub(crate) stopped: bool,
     /// Leader first.
     pub(crate) threads: Vec<threads::Image>,
 }

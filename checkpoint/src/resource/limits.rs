@@ -1,35 +1,68 @@
-//! Resource limits, OOM score and scheduling: set from outside the task.
+//! Resource limits, OOM score and scheduling.
 
 use std::{fs, io};
 
 use nix::unistd::Pid;
 use serde::{Deserialize, Serialize};
 
-use crate::sys::task::{self, SchedAttr};
+use crate::{
+    stub::{Batch, Buf, Results, args},
+    sys::task::{self, SchedAttr},
+};
 
 /// Limits of one process.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Process {
-    /// Soft and hard limit, by number of the resource.
+    /// Soft and hard limit, by number of the resource (`getrlimit(2)`).
     rlimits: Vec<(u64, u64)>,
     oom_score_adj: i32,
+    /// Mappings that go into a core file, as `/proc/PID/coredump_filter` has it.
+    coredump_filter: u32,
+}
+
+/// How many resources there are.
+const RLIMITS: usize = 16;
+
+/// Questions asked by [`ask`].
+pub(crate) struct Asked(Buf);
+
+/// Asks a process for its limits: for one of another user the kernel tells us
+/// nothing without `CAP_SYS_RESOURCE`.
+pub(crate) fn ask(batch: &mut Batch) -> Asked {
+    let all = batch.space(RLIMITS * 16);
+    for resource in 0..RLIMITS {
+        let old = all.skip(resource * 16);
+        batch.call(libc::SYS_prlimit64, args![0_u64, resource as u64, 0_u64, old]);
+    }
+    Asked(all)
+}
+
+/// Puts the limits of `pid` together.
+pub(crate) fn answer(asked: &Asked, results: &Results<'_>, pid: Pid) -> io::Result<Process> {
+    let rlimits = (0..RLIMITS).map(|n| n * 16);
+    let rlimits = rlimits.map(|at| (results.u64(asked.0, at), results.u64(asked.0, at + 8)));
+    let oom = fs::read_to_string(format!("/proc/{pid}/oom_score_adj"))?;
+    let filter = fs::read_to_string(format!("/proc/{pid}/coredump_filter"))?;
+    Ok(Process {
+        rlimits: rlimits.collect(),
+        oom_score_adj: oom.trim().parse().unwrap_or(0),
+        coredump_filter: u32::from_str_radix(filter.trim(), 16).unwrap_or(0),
+    })
 }
 
 impl Process {
-    pub(crate) fn dump(pid: Pid) -> io::Result<Self> {
-        let rlimits = (0..task::RLIMITS).map(|n| task::rlimit(pid, n)).collect::<Result<_, _>>()?;
-        let text = fs::read_to_string(format!("/proc/{pid}/oom_score_adj"))?;
-        Ok(Self { rlimits, oom_score_adj: text.trim().parse().unwrap_or(0) })
+    /// Sets the limits. Raising a hard one needs `CAP_SYS_RESOURCE`.
+    pub(crate) fn restore(&self, batch: &mut Batch) {
+        for (resource, (soft, hard)) in (0_u64..).zip(&self.rlimits) {
+            let new = batch.bytes(&[soft.to_le_bytes(), hard.to_le_bytes()].concat());
+            batch.call(libc::SYS_prlimit64, args![0_u64, resource, new, 0_u64]);
+        }
     }
 
-    /// Sets only what differs: lowering the score and raising a hard limit need
-    /// `CAP_SYS_RESOURCE`.
-    pub(crate) fn restore(&self, pid: Pid) -> io::Result<()> {
-        for (resource, &limit) in (0..task::RLIMITS).zip(&self.rlimits) {
-            if task::rlimit(pid, resource)? != limit {
-                task::set_rlimit(pid, resource, limit)?;
-            }
-        }
+    /// Sets what is set from outside. The score only if it differs: lowering it
+    /// needs `CAP_SYS_RESOURCE`.
+    pub(crate) fn restore_scores(&self, pid: Pid) -> io::Result<()> {
+        fs::write(format!("/proc/{pid}/coredump_filter"), format!("{:#x}", self.coredump_filter))?;
         let path = format!("/proc/{pid}/oom_score_adj");
         let wanted = self.oom_score_adj.to_string();
         if fs::read_to_string(&path)?.trim() != wanted {

@@ -37,6 +37,8 @@ pub(crate) struct Mapping {
     pub(crate) shared: bool,
     /// A shared mapping that may be made writable: its file is open for writing.
     may_write: bool,
+    /// Counted against the commit limit although it is not writable: it once was.
+    accounted: bool,
     grows_down: bool,
     no_reserve: bool,
     lock: Lock,
@@ -149,6 +151,7 @@ pub(crate) fn layout(
             prot: vma.prot(),
             shared: vma.is_shared(),
             may_write: vma.has(b"mw"),
+            accounted: vma.has(b"ac") && !vma.is_writable() && !vma.is_shared(),
             grows_down: vma.has(b"gd"),
             no_reserve: vma.has(b"nr"),
             lock: match (vma.has(b"lo"), vma.has(b"lf")) {
@@ -174,7 +177,8 @@ impl Mapping {
             | flag(self.no_reserve, libc::MAP_NORESERVE);
         let (start, len) = (self.start, self.end - self.start);
         let map = |batch: &mut Batch, flags: i32, fd: crate::stub::Arg, offset: u64| {
-            let mut args = args![start, len, self.prot, flags, 0_u64, offset];
+            let prot = self.prot | flag(self.accounted, libc::PROT_WRITE);
+            let mut args = args![start, len, prot, flags, 0_u64, offset];
             args[4] = fd;
             batch.call(libc::SYS_mmap, args);
         };
@@ -192,6 +196,9 @@ impl Mapping {
                 let fd = objects.get(id).copied().unwrap_or(u64::MAX);
                 map(batch, flags, fd.into(), *offset);
             }
+        }
+        if self.accounted {
+            batch.call(libc::SYS_mprotect, args![start, len, self.prot]);
         }
         for &advice in &self.advice {
             batch.call(libc::SYS_madvise, args![start, len, advice]);

@@ -147,7 +147,8 @@ pub(crate) fn create(image: &Image, batch: &mut Batch) {
         return;
     }
     batch.call(libc::SYS_prctl, args![PR_TIMER_CREATE_RESTORE_IDS, 1_u64, 0_u64, 0_u64, 0_u64]);
-    for timer in &image.posix {
+    // The kernel lists the newest first.
+    for timer in image.posix.iter().rev() {
         // struct sigevent: value, signal, notify, thread id.
         let mut event = vec![0; 64];
         event[..8].copy_from_slice(&timer.value.to_le_bytes());

@@ -22,6 +22,8 @@ pub(crate) struct Node {
     pub(crate) exit_signal: i32,
     /// Orphans below it become its children (`PR_SET_CHILD_SUBREAPER`).
     pub(crate) subreaper: bool,
+    /// Stopped by job control; whether the parent has waited for that already.
+    pub(crate) stopped: Option<bool>,
     /// The status a zombie keeps for its parent.
     pub(crate) zombie: Option<i32>,
 }
@@ -39,6 +41,8 @@ pub(crate) enum Step {
     Subreaper { pid: i32 },
     /// `pid` ends as a stand-in and is reaped by `parent`.
     Leave { parent: i32, pid: i32 },
+    /// `pid` stops, and the parent waits for that if it has one inside the tree.
+    Stop { pid: i32, waited_by: Option<i32> },
     /// `pid` ends with this wait status and stays a zombie.
     Die { pid: i32, status: i32 },
 }
@@ -52,6 +56,7 @@ pub(crate) fn plan(nodes: &[Node], root_sid: i32) -> Result<Vec<Step>, String> {
     plan.subreapers();
     plan.descend(root)?;
     plan.groups()?;
+    plan.stops();
     plan.deaths();
     if plan.born.len() != plan.nodes.len() {
         let lost = plan.nodes.keys().find(|pid| !plan.born.contains(pid));
@@ -227,6 +232,15 @@ impl<'n> Planner<'n> {
         Ok(())
     }
 
+    fn stops(&mut self) {
+        for node in self.nodes.values() {
+            if let Some(waited) = node.stopped {
+                let parent = (waited && self.nodes.contains_key(&node.ppid)).then_some(node.ppid);
+                self.steps.push(Step::Stop { pid: node.pid, waited_by: parent });
+            }
+        }
+    }
+
     /// Zombies end when all the tree stands; children first.
     fn deaths(&mut self) {
         let zombies = self.nodes.values().rev();
@@ -242,7 +256,7 @@ mod tests {
 
     fn node(pid: i32, ppid: i32, pgid: i32, sid: i32) -> Node {
         let exit_signal = libc::SIGCHLD;
-        Node { pid, ppid, pgid, sid, exit_signal, subreaper: false, zombie: None }
+        Node { pid, ppid, pgid, sid, exit_signal, subreaper: false, stopped: None, zombie: None }
     }
 
     /// Executes a plan on paper and returns `(pid, ppid, pgid, sid)` of all.
@@ -270,7 +284,7 @@ mod tests {
                         p.0 = root;
                     }
                 }
-                Step::Subreaper { .. } | Step::Die { .. } => {}
+                Step::Subreaper { .. } | Step::Stop { .. } | Step::Die { .. } => {}
             }
         }
         all.into_iter().map(|(pid, (ppid, pgid, sid))| (pid, ppid, pgid, sid)).collect()

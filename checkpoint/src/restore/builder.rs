@@ -2,11 +2,11 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    fs::File,
     io,
     os::fd::{AsFd, BorrowedFd, OwnedFd},
 };
 
-use nix::sys::signal;
 use serde::de::DeserializeOwned;
 
 use super::{
@@ -17,6 +17,7 @@ use crate::{
     RestoreError, host,
     image::{self, Head, Kind, Process},
     resource::{
+        files::{self, Opened, Target},
         memory::{self, Backing, Layout, Runs},
         shared::{Created, Object, ObjectId},
         tree::{self, Step},
@@ -31,10 +32,12 @@ pub(super) struct Builder {
     root: i32,
     /// Root directory of the container.
     directory: OwnedFd,
-    #[expect(dead_code, reason = "files take them")]
+    /// Network namespace of the container.
+    netns: OwnedFd,
     stdio: [OwnedFd; 3],
     head: Option<Head>,
     objects: Created,
+    files: Option<Opened>,
     layouts: BTreeMap<i32, Layout>,
     processes: BTreeMap<i32, Process>,
     /// Files known to be here as the image wants them.
@@ -47,13 +50,9 @@ struct Tasks(BTreeMap<i32, Task>);
 
 impl Drop for Tasks {
     fn drop(&mut self) {
-        for task in self.0.values() {
-            // Gone already is as good.
-            let _gone = signal::kill(task.host(), signal::SIGKILL);
-        }
-        for task in self.0.values().rev() {
-            while !matches!(ptrace::wait(task.host()), Ok(ptrace::Stop::Gone) | Err(_)) {}
-        }
+        self.0.values().for_each(Task::kill);
+        // A pid namespace's init ends only after all others.
+        self.0.values().rev().for_each(Task::wait_gone);
     }
 }
 
@@ -73,10 +72,13 @@ impl Builder {
         let path = format!("/proc/{init}/root");
         let directory = rustix::fs::open(path, flags, rustix::fs::Mode::empty())
             .map_err(|err| failed(err.into()))?;
+        let netns = File::open(format!("/proc/{init}/ns/net")).map_err(failed)?.into();
         Ok(Self {
             tasks,
             root,
             directory,
+            netns,
+            files: None,
             stdio,
             head: None,
             objects: Created::default(),
@@ -119,7 +121,13 @@ impl Builder {
                 self.task(process.pid)?;
                 self.processes.insert(process.pid, process);
             }
-            (Some(_), Kind::Files) => {}
+            (Some(_), Kind::Files) => {
+                let image: files::Image = decode(body)?;
+                let [stdin, stdout, stderr] = &self.stdio;
+                let stdio = [stdin.as_fd(), stdout.as_fd(), stderr.as_fd()];
+                let (root, netns) = (self.directory.as_fd(), self.netns.as_fd());
+                self.files = Some(files::open(&image, &Target { root, netns, stdio })?);
+            }
             (Some(_), Kind::Head | Kind::End) => {
                 return Err(RestoreError::Image("a record out of place".into()));
             }
@@ -199,6 +207,13 @@ impl Builder {
                 batch.call(libc::SYS_wait4, args![pid, 0_u64, 0_u64, 0_u64]);
                 self.task(parent)?.run("reap a stand-in", &batch)
             }
+            Step::Stop { pid, waited_by } => {
+                let task = self.task(pid)?;
+                task.stop().map_err(|err| task.failed("stop it as it was", err))?;
+                let Some(parent) = waited_by else { return Ok(()) };
+                batch.call(libc::SYS_wait4, args![pid, 0_u64, libc::WUNTRACED, 0_u64]);
+                self.task(parent)?.run("wait for a stopped child", &batch)
+            }
             Step::Die { pid, status } => self.remove(pid)?.die(status).map_err(|source| {
                 RestoreError::Process { what: "leave a zombie".into(), pid, source }
             }),
@@ -241,14 +256,18 @@ impl Builder {
         if self.head.is_none() {
             return Err(RestoreError::Image("it is empty".into()));
         }
+        let files = self
+            .files
+            .take()
+            .ok_or_else(|| RestoreError::Image("it lacks the open files".into()))?;
         let incomplete = |pid: &i32| RestoreError::Image(format!("pid {pid} is incomplete"));
         for (pid, task) in &mut self.tasks.0 {
             let process = self.processes.get(pid).ok_or_else(|| incomplete(pid))?;
             let layout = self.layouts.get(pid).ok_or_else(|| incomplete(pid))?;
-            task.become_process(process, layout, &[], &Batch::new())?;
+            task.become_process(process, layout, &files)?;
         }
         self.objects.seal().map_err(RestoreError::Source)?;
-        Ok(Built { tasks: self.tasks, processes: self.processes })
+        Ok(Built { tasks: self.tasks, processes: self.processes, files })
     }
 }
 
@@ -289,6 +308,7 @@ fn decode<T: DeserializeOwned>(body: &[u8]) -> Result<T, RestoreError> {
 pub(super) struct Built {
     tasks: Tasks,
     processes: BTreeMap<i32, Process>,
+    files: Opened,
 }
 
 impl Built {
@@ -302,13 +322,13 @@ impl Built {
 
     /// Arms every timer, then lets every thread run.
     pub(super) fn thaw(mut self) -> Result<(), RestoreError> {
+        self.files.arm()?;
+        // An end of a pipe that we keep would hide its closing.
+        drop(self.files);
         for (pid, task) in &mut self.tasks.0 {
             let process = &self.processes[pid];
             task.arm(process)?;
             task.strip(process)?;
-            if process.stopped {
-                task.stop().map_err(|err| task.failed("stop it as it was", err))?;
-            }
         }
         let tasks = std::mem::take(&mut self.tasks.0);
         // Nobody may find a parent, a peer or a child that does not exist yet;

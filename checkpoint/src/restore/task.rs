@@ -1,6 +1,10 @@
 //! One process on its way from the skeleton to the program it is to become.
 
-use std::{collections::BTreeMap, io, os::fd::BorrowedFd};
+use std::{
+    collections::BTreeMap,
+    io,
+    os::fd::{BorrowedFd, RawFd},
+};
 
 use nix::unistd::Pid;
 
@@ -9,7 +13,9 @@ use crate::{
     image::Process,
     proc,
     resource::{
-        creds, fs,
+        creds,
+        files::Opened,
+        fs,
         memory::{KernelPages, Layout},
         mm,
         shared::ObjectId,
@@ -137,7 +143,10 @@ impl Task {
         }
         ptrace::set_signal_mask(self.host(), 0)?;
         nix::sys::signal::kill(self.host(), nix::sys::signal::Signal::try_from(signal)?)?;
-        ptrace::cont(self.host())?;
+        // SIGKILL needs no help to take effect.
+        if signal != libc::SIGKILL {
+            ptrace::cont(self.host())?;
+        }
         loop {
             match ptrace::wait(self.host())? {
                 ptrace::Stop::Gone => return Ok(()),
@@ -239,8 +248,7 @@ impl Task {
         &mut self,
         image: &Process,
         layout: &Layout,
-        gifts: &[Gift<'_>],
-        epoll: &Batch,
+        files: &Opened,
     ) -> Result<(), RestoreError> {
         let mut batch = Batch::new();
         for mapping in &layout.mappings {
@@ -250,15 +258,35 @@ impl Task {
         fs::restore(&image.fs, &mut batch);
         signals::restore(&image.actions, &mut batch);
         self.run("restore the process", &batch)?;
-        transfer::give(&self.remote, &self.tracee, gifts)
-            .map_err(|err| self.failed("hand over open files", err))?;
-        self.run("register epoll items", epoll)?;
+        self.take_files(files)?;
         self.create_threads(image)?;
         let mut batch = Batch::new();
         timers::create(&image.timers, &mut batch);
-        self.run("create timers", &batch)?;
-        image.limits.restore(self.host()).map_err(|err| self.failed("set resource limits", err))?;
+        image.limits.restore(&mut batch);
+        self.run("create timers and set limits", &batch)?;
+        let scored = image.limits.restore_scores(self.host());
+        scored.map_err(|err| self.failed("set its OOM score", err))?;
         self.identify(image)
+    }
+
+    fn take_files(&self, files: &Opened) -> Result<(), RestoreError> {
+        let number = |fd: RawFd| u64::from(fd.cast_unsigned());
+        let table = files.table(self.pid).into_iter();
+        let gifts: Vec<Gift<'_>> = table
+            .map(|(fd, file, cloexec)| Gift { number: number(fd), fd: file, cloexec })
+            .collect();
+        transfer::give(&self.remote, &self.tracee, &gifts)
+            .map_err(|err| self.failed("hand over open files", err))?;
+        let mut batch = Batch::new();
+        for item in files.epoll_items(self.pid) {
+            // struct epoll_event is packed: events, then the program's word.
+            let mut raw = item.events.to_le_bytes().to_vec();
+            raw.extend_from_slice(&item.data.to_le_bytes());
+            let event = batch.bytes(&raw);
+            let add = libc::EPOLL_CTL_ADD;
+            batch.call(libc::SYS_epoll_ctl, args![item.epfd, add, item.tfd, event]);
+        }
+        self.run("register epoll items", &batch)
     }
 
     fn create_threads(&mut self, image: &Process) -> Result<(), RestoreError> {
@@ -318,9 +346,33 @@ impl Task {
         self.run("arm timers", &batch)
     }
 
-    /// Stops a process again that job control had stopped.
+    /// Stops a process that job control had stopped. It stays a tracee: the stub
+    /// still runs in it, and let go it remains stopped.
     pub(super) fn stop(&self) -> io::Result<()> {
-        nix::sys::signal::kill(self.host(), nix::sys::signal::SIGSTOP).map_err(Into::into)
+        let host = self.host();
+        nix::sys::signal::kill(host, nix::sys::signal::SIGSTOP)?;
+        ptrace::cont(host)?;
+        loop {
+            match ptrace::wait(host)? {
+                ptrace::Stop::Signal(signal) => ptrace::cont_with(host, signal)?,
+                ptrace::Stop::Event { signal: libc::SIGSTOP, .. } => return Ok(()),
+                ptrace::Stop::Event { .. } => ptrace::cont(host)?,
+                ptrace::Stop::Gone => return Err(io::Error::from_raw_os_error(libc::ESRCH)),
+            }
+        }
+    }
+
+    /// Ends the process and all its threads at once, whatever they are doing.
+    pub(super) fn kill(&self) {
+        // Gone already is as good.
+        let _gone = nix::sys::signal::kill(self.host(), nix::sys::signal::SIGKILL);
+    }
+
+    /// Waits until the process is gone; its leader goes last.
+    pub(super) fn wait_gone(&self) {
+        for tracee in self.threads.iter().chain([&self.tracee]) {
+            while !matches!(ptrace::wait(tracee.tid), Ok(ptrace::Stop::Gone) | Err(_)) {}
+        }
     }
 
     /// Takes the stub out; the threads then stand before their next instruction.

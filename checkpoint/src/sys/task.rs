@@ -95,28 +95,3 @@ pub(crate) fn set_affinity(tid: Pid, mask: &[u8]) -> io::Result<()> {
     })
     .map(drop)
 }
-
-/// Resource limits: how many there are (`getrlimit(2)`).
-pub(crate) const RLIMITS: u32 = 16;
-
-/// Soft and hard limit `resource` of `pid`.
-pub(crate) fn rlimit(pid: Pid, resource: u32) -> io::Result<(u64, u64)> {
-    let mut old = libc::rlimit64 { rlim_cur: 0, rlim_max: 0 };
-    // SAFETY: the kernel writes to `old`, which outlives the call.
-    check(unsafe {
-        let none = std::ptr::null::<libc::rlimit64>();
-        libc::syscall(libc::SYS_prlimit64, pid.as_raw(), resource, none, &raw mut old)
-    })?;
-    Ok((old.rlim_cur, old.rlim_max))
-}
-
-/// Sets soft and hard limit `resource` of `pid`.
-pub(crate) fn set_rlimit(pid: Pid, resource: u32, (soft, hard): (u64, u64)) -> io::Result<()> {
-    let new = libc::rlimit64 { rlim_cur: soft, rlim_max: hard };
-    // SAFETY: the kernel reads `new`, which outlives the call.
-    check(unsafe {
-        let none = std::ptr::null_mut::<libc::rlimit64>();
-        libc::syscall(libc::SYS_prlimit64, pid.as_raw(), resource, &raw const new, none)
-    })
-    .map(drop)
-}
