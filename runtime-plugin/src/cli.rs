@@ -7,8 +7,10 @@ use clap::error::{ContextKind, ErrorKind};
 use clap::{CommandFactory, Parser, Subcommand};
 use liboci_cli::{CommonCmd, GlobalOpts, StandardCmd};
 
+use crate::client::UserCommand;
 use crate::commands::checkpoint::Checkpoint;
 use crate::commands::restore::Restore;
+use crate::hook::Hook;
 use crate::receive::Receive;
 
 /// Runs OCI containers and moves them between hosts.
@@ -37,6 +39,9 @@ pub(crate) enum Command {
     Checkpoint(Box<Checkpoint>),
     Restore(Box<Restore>),
     Receive(Box<Receive>),
+    Hook(Hook),
+    #[command(flatten)]
+    User(UserCommand),
     /// Shows what this host offers to containers
     Info,
 }
@@ -48,7 +53,7 @@ impl Command {
             Self::Standard(command) => matches!(**command, StandardCmd::Create(_)),
             Self::Common(command) => matches!(**command, CommonCmd::Run(_) | CommonCmd::Exec(_)),
             Self::Restore(_) | Self::Receive(_) => true,
-            Self::Checkpoint(_) | Self::Info => false,
+            Self::Checkpoint(_) | Self::Hook(_) | Self::User(_) | Self::Info => false,
         }
     }
 }

@@ -4,12 +4,14 @@
 //! container happens in this short-lived, single-threaded process.
 
 mod cli;
+mod client;
 mod clocks;
 mod commands;
 mod console;
 mod container;
 mod create;
 mod foreground;
+mod hook;
 mod log;
 mod manifest;
 mod network;
@@ -76,6 +78,8 @@ fn run(cli: &Cli) -> Result<u8> {
         Command::Checkpoint(args) => commands::checkpoint::checkpoint(&root, args),
         Command::Restore(args) => commands::restore::restore(&root, cli, args),
         Command::Receive(args) => receive::receive(&root, cli, args),
+        Command::Hook(args) => Ok(hook::hook(args)),
+        Command::User(command) => client::run(command),
         Command::Info => commands::info::info(),
     }
 }
