@@ -110,8 +110,10 @@ fn usage(err: &clap::Error) -> ExitCode {
         // podman looks for runc's words to learn that a flag is known.
         let given = err.get(ContextKind::InvalidValue).map(ToString::to_string);
         let flag = err.get(ContextKind::InvalidArg).map(ToString::to_string);
-        if let (Some(""), Some(flag)) = (given.as_deref(), flag) {
-            crate::log::say(&format!("flag needs an argument: {flag}"));
+        if let (Some(""), Some(flag)) = (given.as_deref(), flag)
+            && flag.starts_with("--")
+        {
+            crate::log::say(&format!("error: flag needs an argument: {flag}"));
             return ExitCode::FAILURE;
         }
     }

@@ -10,6 +10,7 @@ use std::path::Path;
 
 use anyhow::{Context, Result, bail};
 use dunlin_checkpoint::Options;
+use nix::unistd::Pid;
 use serde::{Deserialize, Serialize};
 
 use crate::clocks::Clocks;
@@ -17,6 +18,8 @@ use crate::clocks::Clocks;
 const NAME: &str = "manifest.json";
 /// podman takes a checkpoint without this file of CRIU's for incomplete.
 const INVENTORY: &str = "inventory.img";
+/// runc's list of what init's stdin, stdout and stderr were; youki's too.
+const DESCRIPTORS: &str = "descriptors.json";
 const VERSION: u32 = 1;
 
 /// A description of one checkpoint.
@@ -33,19 +36,26 @@ pub(crate) struct Manifest {
     pub(crate) pre_dump: bool,
     /// How it was dumped.
     pub(crate) options: Options,
+    /// What init's stdin, stdout and stderr were.
+    pub(crate) descriptors: [String; 3],
     /// What its clocks showed while it stood still.
     pub(crate) clocks: Option<Clocks>,
 }
 
 impl Manifest {
     /// Describes a checkpoint of container `id`.
-    pub(crate) fn new(id: &str, options: &Options) -> Self {
+    pub(crate) fn new(id: &str, init: Pid, options: &Options) -> Self {
+        let name = |fd| {
+            let link = fs::read_link(format!("/proc/{init}/fd/{fd}"));
+            link.map_or_else(|_| String::new(), |path| path.display().to_string())
+        };
         Self {
             version: VERSION,
             dunlin: env!("CARGO_PKG_VERSION").into(),
             id: id.into(),
             pre_dump: false,
             options: options.clone(),
+            descriptors: [name(0), name(1), name(2)],
             clocks: None,
         }
     }
@@ -53,6 +63,7 @@ impl Manifest {
     /// Writes it into a checkpoint directory.
     pub(crate) fn save(&self, dir: &Path) -> Result<()> {
         write(&dir.join(NAME), &serde_json::to_string_pretty(self)?)?;
+        write(&dir.join(DESCRIPTORS), &serde_json::to_string(&self.descriptors)?)?;
         write(&dir.join(INVENTORY), "dunlin: see manifest.json")
     }
 

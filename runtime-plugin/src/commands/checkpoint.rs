@@ -144,7 +144,7 @@ fn dump(container: &Container, args: &Checkpoint) -> Result<DumpReport> {
     }
     let init = container.pid().context("the container has no init")?;
     let options = args.options();
-    let mut manifest = Manifest::new(container.id(), &options);
+    let mut manifest = Manifest::new(container.id(), init, &options);
     if args.pre_dump {
         return rehearse(init, &mut manifest, &args.image_path);
     }

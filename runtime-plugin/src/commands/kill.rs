@@ -5,9 +5,16 @@ use libcontainer::container::{Container, ContainerStatus};
 use libcontainer::signal::Signal;
 use liboci_cli::{Delete, Kill};
 use nix::sys::signal;
+use nix::unistd::Pid;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
+use rustix::process::{PidfdFlags, pidfd_open};
 
 use crate::container::{Record, Root};
 use crate::network;
+
+/// How long `delete` waits for an init that may be ending.
+const GRACE: Timespec = Timespec { tv_sec: 0, tv_nsec: 100_000_000 };
 
 /// Sends a signal to init or to every process of a container.
 pub(crate) fn kill(root: &Root, args: &Kill) -> Result<u8> {
@@ -43,9 +50,26 @@ pub(crate) fn delete(root: &Root, args: &Delete) -> Result<u8> {
 /// Removes a loaded container; one that runs only by `force`.
 pub(crate) fn remove(mut container: Container, force: bool) -> Result<()> {
     let id = container.id().to_owned();
+    if container.status() == ContainerStatus::Running && !force {
+        await_end(&container)?;
+    }
     let veth = Record::load(&container)?.and_then(|record| record.veth);
     container.delete(force).with_context(|| format!("cannot delete {id}"))?;
     veth.map_or(Ok(()), |veth| network::detach(&veth))
+}
+
+/// Gives an init that has just been killed, or is about to exit, the time to.
+fn await_end(container: &Container) -> Result<()> {
+    let pid = container.pid().map(Pid::as_raw).and_then(rustix::process::Pid::from_raw);
+    let pid = pid.context("the container has no init")?;
+    let pidfd = match pidfd_open(pid, PidfdFlags::empty()) {
+        Ok(pidfd) => pidfd,
+        Err(Errno::SRCH) => return Ok(()),
+        Err(err) => return Err(err).context("cannot open init"),
+    };
+    let ends = &mut [PollFd::new(&pidfd, PollFlags::IN)];
+    poll(ends, Some(&GRACE)).context("cannot wait for init")?;
+    Ok(())
 }
 
 /// Signal 0: only asks whether init is there.

@@ -18,6 +18,7 @@ fn image(bundle: &Bundle, records: &[(u16, &[u8])]) {
     sink.finish().unwrap();
     let manifest = json!({
         "version": 1, "dunlin": "test", "id": "c", "pre_dump": false, "clocks": null,
+        "descriptors": ["", "", ""],
         "options": {
             "tcp": "keep", "file_locks": false, "external_unix": false, "shell_job": false,
         },
