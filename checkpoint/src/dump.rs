@@ -93,12 +93,13 @@ impl Frozen {
             images.push(dump_process(process, &ids)?);
         }
         let head = self.head(&images)?;
+        let (layouts, mut objects) = self.layouts()?;
+        let files = self.files(&mut objects)?;
         report.bytes += image::put(sink, Kind::Head, &head).map_err(DumpError::Sink)?;
-        report.bytes += image::put(sink, Kind::Files, &self.files()?).map_err(DumpError::Sink)?;
-        let (layouts, objects) = self.layouts()?;
         let sent = objects.dump(sink).map_err(DumpError::Sink)?;
         report.pages += sent.pages;
         report.bytes += sent.bytes;
+        report.bytes += image::put(sink, Kind::Files, &files).map_err(DumpError::Sink)?;
         for (host, layout) in &layouts {
             report.bytes += image::put(sink, Kind::Layout, layout).map_err(DumpError::Sink)?;
             let sent = memory::dump_pages(*host, layout, sink).map_err(DumpError::Sink)?;
@@ -143,13 +144,14 @@ impl Frozen {
     }
 
     /// Every open file of the tree.
-    fn files(&self) -> Result<files::Image, DumpError> {
+    fn files(&self, objects: &mut Objects) -> Result<files::Image, DumpError> {
         let living = || self.tree.processes.iter().filter(|p| !p.is_zombie());
         let tables: Vec<TableRef> =
             living().map(|p| TableRef { pid: p.pid, ns_pid: p.status.tgid() }).collect();
         let tasks: Vec<Pid> = living().map(|p| p.pid).collect();
         let init = self.tree.processes[0].pid;
-        files::dump(&tables, &files::Context { options: &self.options, init, tasks: &tasks })
+        let ctx = files::Context { options: &self.options, init, tasks: &tasks };
+        files::dump(&tables, &ctx, objects)
     }
 
     /// The mappings of every process, and the objects that are mapped.

@@ -7,6 +7,7 @@ use std::{
     os::fd::{AsFd, BorrowedFd, OwnedFd},
 };
 
+use nix::unistd::Pid;
 use serde::de::DeserializeOwned;
 
 use super::{
@@ -126,7 +127,8 @@ impl Builder {
                 let [stdin, stdout, stderr] = &self.stdio;
                 let stdio = [stdin.as_fd(), stdout.as_fd(), stderr.as_fd()];
                 let (root, netns) = (self.directory.as_fd(), self.netns.as_fd());
-                self.files = Some(files::open(&image, &Target { root, netns, stdio })?);
+                let objects = &self.objects;
+                self.files = Some(files::open(&image, &Target { root, netns, stdio, objects })?);
             }
             (Some(_), Kind::Head | Kind::End) => {
                 return Err(RestoreError::Image("a record out of place".into()));
@@ -322,7 +324,18 @@ impl Built {
 
     /// Arms every timer, then lets every thread run.
     pub(super) fn thaw(mut self) -> Result<(), RestoreError> {
-        self.files.arm()?;
+        for (pid, task) in &self.tasks.0 {
+            task.lock(self.files.posix_locks(*pid))?;
+        }
+        let hosts: BTreeMap<i32, Pid> = self
+            .tasks
+            .0
+            .iter()
+            .flat_map(|(pid, task)| {
+                self.processes[pid].threads.iter().map(|thread| thread.tid).zip(task.hosts())
+            })
+            .collect();
+        self.files.arm(&|pid| hosts.get(&pid).copied())?;
         // An end of a pipe that we keep would hide its closing.
         drop(self.files);
         for (pid, task) in &mut self.tasks.0 {

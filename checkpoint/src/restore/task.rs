@@ -14,7 +14,10 @@ use crate::{
     proc,
     resource::{
         creds,
-        files::Opened,
+        files::{
+            Opened,
+            locks::{self, PosixLock},
+        },
         fs,
         memory::{KernelPages, Layout},
         mm,
@@ -70,6 +73,11 @@ impl Task {
 
     pub(super) fn host(&self) -> Pid {
         self.tracee.tid
+    }
+
+    /// Its threads in our pid namespace, leader first.
+    pub(super) fn hosts(&self) -> impl Iterator<Item = Pid> {
+        std::iter::once(&self.tracee).chain(&self.threads).map(|thread| thread.tid)
     }
 
     pub(super) fn thread_count(&self) -> u64 {
@@ -340,6 +348,12 @@ impl Task {
     }
 
     /// Arms the timers: the stub's last batch.
+    /// Takes the locks that belong to the process.
+    pub(super) fn lock(&self, locks: &[PosixLock]) -> Result<(), RestoreError> {
+        locks::take_posix(locks, &self.remote, &self.tracee)
+            .map_err(|err| self.failed("lock files", err))
+    }
+
     pub(super) fn arm(&self, image: &Process) -> Result<(), RestoreError> {
         let mut batch = Batch::new();
         timers::arm(&image.timers, &mut batch);

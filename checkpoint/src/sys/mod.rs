@@ -2,6 +2,7 @@
 #![allow(unsafe_code, reason = "this is where the crate's system calls live")]
 
 pub(crate) mod epoll;
+pub(crate) mod fcntl;
 pub(crate) mod kcmp;
 pub(crate) mod memory;
 pub(crate) mod process;

@@ -13,6 +13,8 @@ mod eventfd;
 mod fdinfo;
 pub(crate) mod ghost;
 mod inet;
+pub(crate) mod locks;
+mod owner;
 mod pipe;
 mod regular;
 mod root;
@@ -36,9 +38,11 @@ use std::{
 use nix::{sched::CloneFlags, unistd::Pid};
 use rustix::fs::{FileType, OFlags};
 use serde::{Deserialize, Serialize};
+use tracing::warn;
 
 use self::{
     error::{Doing, Failure, Making, Refusal},
+    locks::PosixLock,
     root::Root,
     table::{Held, Tables},
 };
@@ -85,6 +89,10 @@ pub(crate) struct Image {
 pub(crate) struct File {
     /// Access mode and status flags, as `fcntl(F_GETFL)` gives them.
     pub(crate) flags: u32,
+    /// Who is told by a signal that it is ready.
+    owner: Option<owner::Image>,
+    /// Locks that belong to it.
+    locks: Vec<locks::Lock>,
     /// What it is.
     pub(crate) kind: Kind,
 }
@@ -125,6 +133,8 @@ pub(crate) struct Table {
     pub(crate) pid: i32,
     /// Its fds in ascending order.
     pub(crate) fds: Vec<Fd>,
+    /// POSIX locks, which belong to the table.
+    locks: Vec<PosixLock>,
 }
 
 /// One file descriptor.
@@ -209,14 +219,31 @@ impl<'a> Source<'a> {
                     remedy: remedy.to_owned(),
                 });
             };
-            match self.kind(id, held, &mut out) {
-                Ok(kind) => files.push(File { flags: held.info.status_flags(), kind }),
+            match self.file(id, held, &mut out) {
+                Ok(file) => files.push(file),
                 Err(refusal) => note(Judgement::Refused, refusal.reason, refusal.remedy),
             }
             out.losses.drain(..).for_each(|loss| note(Judgement::Loss, loss, ""));
         }
         let Collector { objects: _, pipes, pipe_ids: _, losses: _ } = out;
         (Image { files, pipes, tables: self.tables.image() }, findings)
+    }
+
+    fn file(&self, id: usize, held: &Held, out: &mut Collector<'_>) -> Result<File, Refusal> {
+        let kind = self.kind(id, held, out)?;
+        let mut locks = locks::dump(&held.info)?;
+        if !locks.is_empty() && !self.ctx.options.file_locks {
+            return Err(Refusal::new(
+                "holds a file lock",
+                "allow locks to be moved (--file-locks)",
+            ));
+        }
+        locks.retain(|lock| !lock.is_posix());
+        let owner = match kind {
+            Kind::Stdio(_) => None,
+            _ => owner::dump(held, self, out)?,
+        };
+        Ok(File { flags: held.info.status_flags(), owner, locks, kind })
     }
 
     fn kind(&self, id: usize, held: &Held, out: &mut Collector<'_>) -> Result<Kind, Refusal> {
@@ -284,6 +311,10 @@ pub(crate) struct Opened {
     files: Vec<OwnedFd>,
     tables: BTreeMap<i32, Vec<Fd>>,
     timers: Vec<(u32, timerfd::Image)>,
+    owners: Vec<(u32, owner::Image)>,
+    /// Locks that the source still holds.
+    late: Vec<(u32, locks::Lock)>,
+    posix_locks: BTreeMap<i32, Vec<PosixLock>>,
     epoll_items: Vec<(i32, EpollItem)>,
 }
 
@@ -320,7 +351,7 @@ pub(crate) fn open(image: &Image, target: &Target<'_>) -> Result<Opened, Restore
     }
     let mut timers = Vec::new();
     for (id, file) in files.iter().enumerate() {
-        let File { flags, kind } = file;
+        let File { flags, owner: _, locks: _, kind } = file;
         let oflags = OFlags::from_bits_retain(*flags);
         let fd = match kind {
             Kind::Pipe(_) | Kind::Inet(_) | Kind::Unix(_) => continue,
@@ -345,8 +376,16 @@ pub(crate) fn open(image: &Image, target: &Target<'_>) -> Result<Opened, Restore
         return Err(RestoreError::Image("a pipe end belongs to no pipe".into()));
     }
     let epoll_items = epoll::wire(image, &files).map_err(|(id, failure)| failure.at(image, id))?;
+    let mut owners = Vec::new();
+    let mut late = Vec::new();
+    for ((id, file), fd) in (0..).zip(&image.files).zip(&files) {
+        owners.extend(file.owner.iter().map(|owner| (id, owner.clone())));
+        let locks = locks::open(&file.locks, fd.as_fd()).map_err(failed(id as usize))?;
+        late.extend(locks.into_iter().map(|lock| (id, lock)));
+    }
+    let posix_locks = tables.iter().map(|table| (table.pid, table.locks.clone())).collect();
     let tables = tables.iter().map(|table| (table.pid, table.fds.clone())).collect();
-    Ok(Opened { files, tables, timers, epoll_items })
+    Ok(Opened { files, tables, timers, owners, late, posix_locks, epoll_items })
 }
 
 /// Whether every index of an image points into it.
@@ -393,8 +432,28 @@ impl Opened {
         self.epoll_items.iter().filter(|(pid, _)| *pid == ns_pid).map(|(_, item)| *item).collect()
     }
 
-    /// Starts what runs by itself: the last step before the thaw.
-    pub(crate) fn arm(&mut self) -> Result<(), RestoreError> {
+    /// POSIX locks the task has to take itself.
+    #[must_use]
+    pub(crate) fn posix_locks(&self, ns_pid: i32) -> &[PosixLock] {
+        self.posix_locks.get(&ns_pid).map_or(&[], Vec::as_slice)
+    }
+
+    /// Starts what runs by itself: the last step before the thaw. `host` gives
+    /// the pid in our namespace of a task of the container.
+    pub(crate) fn arm(
+        &mut self,
+        host: &(dyn Fn(i32) -> Option<Pid> + Sync),
+    ) -> Result<(), RestoreError> {
+        for (id, lock) in &self.late {
+            if let Err(err) = locks::arm(lock, self.files[*id as usize].as_fd()) {
+                warn!(%err, ?lock, "a lock was not taken again");
+            }
+        }
+        for (id, owner) in &self.owners {
+            owner::arm(owner, self.files[*id as usize].as_fd(), host).map_err(|source| {
+                RestoreError::Process { what: "set the owner of a file".into(), pid: 0, source }
+            })?;
+        }
         for (id, timer) in &self.timers {
             timerfd::arm(timer, self.files[*id as usize].as_fd()).map_err(|source| {
                 RestoreError::Process { what: "arm a timerfd".into(), pid: 0, source }

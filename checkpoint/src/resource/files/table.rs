@@ -2,7 +2,7 @@
 
 use std::{
     cmp::Ordering,
-    collections::HashMap,
+    collections::{BTreeMap, HashMap},
     fs, io,
     os::fd::{AsFd, AsRawFd, OwnedFd, RawFd},
     path::Path,
@@ -14,7 +14,7 @@ use rustix::{
     process::{PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open},
 };
 
-use super::{Fd, Table, TableRef, fdinfo::FdInfo};
+use super::{Fd, Table, TableRef, fdinfo::FdInfo, locks::PosixLock};
 use crate::{DumpError, sys::kcmp};
 
 /// A description of the source, held by a duplicate of ours.
@@ -62,10 +62,13 @@ impl Held {
     }
 }
 
+/// POSIX locks of one table by device and inode.
+type PosixLocks = BTreeMap<(u64, u64), Vec<PosixLock>>;
+
 /// All tables of the tree.
 pub(super) struct Tables {
     pub(super) held: Vec<Held>,
-    tables: Vec<(TableRef, Vec<Fd>)>,
+    tables: Vec<(TableRef, Vec<Fd>, Vec<PosixLock>)>,
     /// Descriptions of one object, in the order of `kcmp`.
     by_object: HashMap<(u64, u64), Vec<usize>>,
 }
@@ -80,18 +83,25 @@ impl Tables {
             by_object: HashMap::new(),
         };
         for table in refs {
+            let mut locks = BTreeMap::new();
             let failed =
                 |source| DumpError::Process { what: "read the fds", pid: table.pid, source };
-            let fds = match all.collect_one(table.pid, frozen) {
+            let fds = match all.collect_one(table.pid, frozen, &mut locks) {
                 Err(err) if !frozen && is_gone(&err) => continue,
                 fds => fds.map_err(failed)?,
             };
-            all.tables.push((*table, fds));
+            let locks = locks.into_values().flatten().collect();
+            all.tables.push((*table, fds, locks));
         }
         Ok(all)
     }
 
-    fn collect_one(&mut self, pid: Pid, frozen: bool) -> io::Result<Vec<Fd>> {
+    fn collect_one(
+        &mut self,
+        pid: Pid,
+        frozen: bool,
+        locks: &mut PosixLocks,
+    ) -> io::Result<Vec<Fd>> {
         let pidfd = open_task(pid)?;
         let mut numbers = fs::read_dir(format!("/proc/{pid}/fd"))?
             .map(|entry| entry?.file_name().to_string_lossy().parse().map_err(io::Error::other))
@@ -99,7 +109,7 @@ impl Tables {
         numbers.sort_unstable();
         let mut fds = Vec::with_capacity(numbers.len());
         for number in numbers {
-            match self.collect_fd(&pidfd, pid, number) {
+            match self.collect_fd(&pidfd, pid, number, locks) {
                 Err(err) if !frozen && is_gone(&err) => (),
                 fd => fds.push(fd?),
             }
@@ -107,12 +117,20 @@ impl Tables {
         Ok(fds)
     }
 
-    fn collect_fd(&mut self, pidfd: &OwnedFd, pid: Pid, number: RawFd) -> io::Result<Fd> {
+    fn collect_fd(
+        &mut self,
+        pidfd: &OwnedFd,
+        pid: Pid,
+        number: RawFd,
+        locks: &mut PosixLocks,
+    ) -> io::Result<Fd> {
         let fd = pidfd_getfd(pidfd, number, PidfdGetfdFlags::empty())?;
         let info = FdInfo::read(pid, number)?;
         let cloexec = info.cloexec();
         let stat = rustix::fs::fstat(&fd)?;
         let object = (stat.st_dev, stat.st_ino);
+        // Every fd of a file shows the table's locks on it.
+        locks.entry(object).or_insert_with(|| PosixLock::all(number, &info));
         let file = match self.find(object, &fd)? {
             Ok(known) => known,
             Err(place) => {
@@ -150,13 +168,13 @@ impl Tables {
 
     /// The description behind fd `number` of the table that `pid` uses.
     pub(super) fn lookup(&self, pid: Pid, number: RawFd) -> Option<usize> {
-        let (_, fds) = self.tables.iter().find(|(table, _)| table.pid == pid)?;
+        let (_, fds, _) = self.tables.iter().find(|(table, ..)| table.pid == pid)?;
         find_fd(fds, number)
     }
 
     /// The description behind fd `number` in any table that also holds `file`.
     pub(super) fn beside(&self, file: usize, number: RawFd) -> impl Iterator<Item = usize> {
-        self.tables.iter().filter_map(move |(_, fds)| {
+        self.tables.iter().filter_map(move |(_, fds, _)| {
             fds.iter().any(|fd| fd.file as usize == file).then(|| find_fd(fds, number))?
         })
     }
@@ -164,7 +182,11 @@ impl Tables {
     pub(super) fn image(&self) -> Vec<Table> {
         self.tables
             .iter()
-            .map(|(table, fds)| Table { pid: table.ns_pid, fds: fds.clone() })
+            .map(|(table, fds, locks)| Table {
+                pid: table.ns_pid,
+                fds: fds.clone(),
+                locks: locks.clone(),
+            })
             .collect()
     }
 }

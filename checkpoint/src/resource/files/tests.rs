@@ -50,6 +50,8 @@ const WORLDS: &[(&str, fn())] = &[
     ("shared", basics::shared),
     ("ghosts", ghosts::ghosts),
     ("inotify", basics::inotify),
+    ("locks", basics::locks),
+    ("owners", basics::owners),
     ("pipes", pipes::pipes),
     ("outside_pipe", pipes::outside_pipe),
     ("epoll", epolls::epolls),
@@ -259,7 +261,7 @@ impl Restored {
         };
         let mut opened = open(&image, &target)?;
         objects.seal().unwrap();
-        opened.arm()?;
+        opened.arm(&|_| Some(Pid::this()))?;
         let pid = image.tables[0].pid;
         Ok(Self { opened, infos, pid, netns, stdio })
     }
@@ -315,7 +317,7 @@ proptest! {
     #[test]
     fn fds_that_lead_nowhere_are_refused(fd in any::<i32>(), file in 0u32..9) {
         let fds = vec![Fd { fd, file, cloexec: false }];
-        let image = Image { tables: vec![super::Table { pid: 1, fds }], ..Image::default() };
+        let image = Image { tables: vec![super::Table { pid: 1, fds, locks: Vec::new() }], ..Image::default() };
         prop_assert!(matches!(super::check(&image), Err(RestoreError::Image(_))));
     }
 }

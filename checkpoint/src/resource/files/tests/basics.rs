@@ -239,3 +239,90 @@ fn standard_streams_are_replaced() {
         assert!(same.is_eq(), "fd {number}");
     }
 }
+
+pub(super) fn locks() {
+    let path = format!("{}/locked", dir());
+    fs::write(&path, "0123456789").unwrap();
+    let open = |name: &str| {
+        let path = format!("{}/{name}", dir());
+        OpenOptions::new().read(true).write(true).create(true).truncate(false).open(path).unwrap()
+    };
+    let file = open("locked");
+    rustix::fs::flock(&file, rustix::fs::FlockOperation::LockExclusive).unwrap();
+    let lock = |kind, l_start, l_len| libc::flock {
+        l_type: i16::try_from(kind).unwrap(),
+        l_whence: 0,
+        l_start,
+        l_len,
+        l_pid: 0,
+    };
+    let set = |file: &File, arg: nix::fcntl::FcntlArg<'_>| {
+        nix::fcntl::fcntl(file.as_raw_fd(), arg).unwrap();
+    };
+    set(&file, nix::fcntl::FcntlArg::F_OFD_SETLK(&lock(libc::F_WRLCK, 2, 3)));
+    put(file, 100);
+    let file = open("posix");
+    set(&file, nix::fcntl::FcntlArg::F_SETLK(&lock(libc::F_RDLCK, 7, 0)));
+    let lease = open("leased");
+    crate::sys::fcntl::set_lease(lease.as_fd(), libc::F_WRLCK).unwrap();
+    // Closing any fd of the file would drop the table's lock.
+    std::mem::forget(file);
+    put(lease, 101);
+}
+
+#[test]
+fn locks_are_taken_again() {
+    let Some(mut holder) = Holder::start("locks") else { return };
+    let findings = holder.inspect(&Options::default());
+    assert!(refusals(&findings).len() == 3, "{findings:?}");
+    assert!(findings.iter().all(|finding| finding.reason == "holds a file lock"));
+    let options = Options { file_locks: true, ..Options::default() };
+    assert_eq!(holder.inspect(&options), []);
+    let restored = holder.migrate_with(&options);
+    let lines = |info: &FdInfo| {
+        let words = |line: &str| {
+            let words: Vec<_> = line.split_whitespace().map(str::to_owned).collect();
+            [&words[2..5], &words[7..]].concat()
+        };
+        let mut lines: Vec<_> =
+            info.rest.lines().filter(|l| l.starts_with("lock:")).map(words).collect();
+        lines.sort();
+        lines
+    };
+    assert_eq!(lines(&restored.info(100)).len(), 2);
+    for number in [100, 101] {
+        assert_eq!(lines(&restored.info(number)), lines(&restored.infos[&number]));
+    }
+    let [posix] = restored.opened.posix_locks(restored.pid) else { panic!() };
+    let flock = posix.flock();
+    assert_eq!((i32::from(flock.l_type), flock.l_start, flock.l_len), (libc::F_RDLCK, 7, 0));
+    let path = fs::read_link(format!("/proc/self/fd/{}", restored.fd(posix.fd).as_raw_fd()));
+    assert!(path.unwrap().ends_with("posix"));
+}
+
+pub(super) fn owners() {
+    let (a, b) = rustix::pipe::pipe().unwrap();
+    let (c, _) = rustix::pipe::pipe().unwrap();
+    let me = Pid::this().as_raw();
+    crate::sys::fcntl::set_owner(a.as_fd(), crate::sys::fcntl::Owner { kind: 1, pid: me }).unwrap();
+    crate::sys::fcntl::set_signal(a.as_fd(), 40).unwrap();
+    let flags = rustix::fs::fcntl_getfl(&a).unwrap()
+        | OFlags::from_bits_retain(libc::O_ASYNC.cast_unsigned());
+    rustix::fs::fcntl_setfl(&a, flags).unwrap();
+    put(a, 100);
+    put(b, 101);
+    put(c, 102);
+}
+
+#[test]
+fn owners_are_told_by_the_same_signal() {
+    let Some(mut holder) = Holder::start("owners") else { return };
+    assert_eq!(holder.inspect(&Options::default()), []);
+    let restored = holder.migrate();
+    restored.assert_same(100..=102);
+    let owner = crate::sys::fcntl::owner(restored.fd(100)).unwrap();
+    // The test answers for every pid of the container.
+    assert_eq!(owner, crate::sys::fcntl::Owner { kind: 1, pid: Pid::this().as_raw() });
+    assert_eq!(crate::sys::fcntl::signal(restored.fd(100)).unwrap(), 40);
+    assert_eq!(crate::sys::fcntl::owner(restored.fd(102)).unwrap().pid, 0);
+}
