@@ -74,6 +74,38 @@ fn a_container_goes_on_where_it_was() {
 }
 
 #[test]
+fn callers_find_a_log_in_the_work_directory() {
+    if needs_root() {
+        return;
+    }
+    let config = tempfile::NamedTempFile::new().unwrap();
+    fs::write(config.path(), "tcp-close\nlog-file=own.log\n").unwrap();
+    for (annotations, names) in [
+        (json!({}), ["dump.log", "restore.log"]),
+        (json!({ "org.criu.config": config.path() }), ["own.log", "own.log"]),
+    ] {
+        let bundle = Bundle::with(&["sh", "-c", COUNT], |spec| spec["annotations"] = annotations);
+        bundle.ok(&["run", "--bundle", bundle.dir(), "--detach", "c"]);
+        let (image, work) = (bundle.path("image"), bundle.path("work"));
+        let (image, work) = (image.to_str().unwrap(), work.to_str().unwrap());
+        let flags = ["--image-path", image, "--work-path", work, "c"];
+        let read = |name: &str| -> Value {
+            let path = bundle.path("work").join(name);
+            let log = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+            fs::remove_file(path).unwrap();
+            log
+        };
+        bundle.ok(&[&["checkpoint"], flags.as_slice()].concat());
+        assert_eq!(read(names[0])["report"]["processes"], 1);
+        bundle.ok(&restore(&bundle, image, &["--detach", "--work-path", work]));
+        assert_eq!(read(names[1])["report"]["processes"], 1);
+        bundle.fails(&restore(&bundle, image, &["--work-path", work]));
+        let error = read(names[1])["error"].to_string();
+        assert!(error.contains("already exists"), "{error}");
+    }
+}
+
+#[test]
 fn an_image_can_be_restored_beside_the_original() {
     if needs_root() {
         return;
