@@ -19,7 +19,6 @@ mod program;
 mod receive;
 mod sandbox;
 mod spec;
-mod worklog;
 
 use std::env;
 use std::process::ExitCode;

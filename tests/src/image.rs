@@ -49,7 +49,9 @@ impl Memory {
 
 impl ImageSink for Memory {
     fn put(&mut self, kind: u16, parts: &[IoSlice<'_>]) -> io::Result<()> {
-        self.records.push_back((kind, parts.iter().flat_map(|part| part.to_vec()).collect()));
+        let mut body = Vec::with_capacity(parts.iter().map(|part| part.len()).sum());
+        parts.iter().for_each(|part| body.extend_from_slice(part));
+        self.records.push_back((kind, body));
         Ok(())
     }
 }

@@ -14,6 +14,7 @@ mod maps;
 pub mod node;
 pub mod proc;
 pub mod scenarios;
+pub mod stage;
 pub mod worker;
 pub mod writer;
 

@@ -425,6 +425,3 @@ fn chain(err: &dyn std::error::Error) -> String {
     }
     text
 }
-
-#[cfg(test)]
-mod tests;

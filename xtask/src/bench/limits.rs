@@ -10,7 +10,7 @@ use std::{
 use anyhow::{Context, Result};
 use dunlin_tests::hosts::Hosts;
 
-use super::{Bench, Sample};
+use super::{Bench, Sample, milliseconds};
 
 const MIB: usize = 1 << 20;
 
@@ -40,7 +40,7 @@ impl Bench for Memcpy {
         to.copy_from_slice(black_box(&from));
         let time = start.elapsed();
         black_box(&to);
-        Ok(vec![Sample { what: "time", unit: "ms", value: time.as_secs_f64() * 1e3 }])
+        Ok(vec![milliseconds("time", time)])
     }
 }
 
@@ -81,6 +81,6 @@ impl Bench for Tcp {
         let total = receiver.join().ok().context("the receiver panicked")??;
         let time = start.elapsed();
         anyhow::ensure!(total == 1024 * MIB, "{total} bytes arrived");
-        Ok(vec![Sample { what: "time", unit: "ms", value: time.as_secs_f64() * 1e3 }])
+        Ok(vec![milliseconds("time", time)])
     }
 }

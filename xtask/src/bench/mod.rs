@@ -6,10 +6,11 @@
 //! first repetition is thrown away: memory that was free for long is slow.
 
 mod limits;
+mod local;
 mod machine;
 mod redis;
 
-use std::{fs, path::PathBuf};
+use std::{fs, path::PathBuf, time::Duration};
 
 use anyhow::{Context, Result, ensure};
 use serde::Serialize;
@@ -47,6 +48,11 @@ pub(crate) struct Sample {
     pub(crate) unit: &'static str,
     /// The figure.
     pub(crate) value: f64,
+}
+
+/// A time as a figure.
+pub(crate) fn milliseconds(what: &'static str, time: Duration) -> Sample {
+    Sample { what, unit: "ms", value: time.as_secs_f64() * 1e3 }
 }
 
 /// What a bench found out about one figure of one way.
@@ -88,6 +94,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     let criu_lacks = redis::criu_lacks();
     not_measured.extend(criu_lacks.as_ref().map(|why| format!("runc and CRIU, because {why}")));
     benches.extend(limits::benches());
+    benches.extend(local::benches(criu_lacks.is_none()));
     benches.extend(redis::benches(criu_lacks.is_none()));
     benches.retain(|bench| wanted(&bench.name()));
     ensure!(!benches.is_empty(), "there is no bench of that name");

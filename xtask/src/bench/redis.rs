@@ -15,12 +15,12 @@ use anyhow::{Result, bail, ensure};
 use dunlin_tests::{
     bundle::{self, Bundle},
     hosts::{BRIDGE, FOLDER, Host, Hosts, PREFIX},
-    writer::{self, IMPATIENT, PATIENT, Writer},
+    stage::{ADDRESS, ID, PATIENCE, Stage},
+    writer::{self, PATIENT, Writer},
 };
 use tempfile::TempDir;
 
-use super::{Bench, Sample};
-use crate::demo::{ADDRESS, ID, PATIENCE, Stage};
+use super::{Bench, Sample, milliseconds};
 
 const WAYS: [&str; 2] = ["dunlin", "runc+criu"];
 
@@ -52,14 +52,13 @@ impl Redis {
     fn by_us(&self) -> Result<Vec<Sample>> {
         let stage = Stage::set()?;
         stage.start_redis(self.mib)?;
-        let writer = Writer::start(&stage.hosts["client"], ADDRESS, IMPATIENT)?;
-        writer.next_acknowledgement(Instant::now(), PATIENCE)?;
+        let writer = stage.start_writer()?;
         let round = stage.move_redis(0, &writer, |_| {})?;
-        verify(writer, &stage.hosts["client"])?;
+        verify(writer, stage.client())?;
         Ok(vec![
-            Sample { what: "downtime", unit: "ms", value: round.downtime_ms },
-            Sample { what: "freeze", unit: "ms", value: round.frozen_ms },
-            Sample { what: "total", unit: "ms", value: round.total_ms },
+            milliseconds("downtime", round.downtime),
+            milliseconds("freeze", round.frozen),
+            milliseconds("total", round.total),
         ])
     }
 
@@ -93,11 +92,7 @@ impl Redis {
         // runc does not say when its container stood still: CRIU's own
         // statistics would, but the two runs of it are what its user waits for.
         ensure!(stopped < total, "restored before it was stopped");
-        let ms = |time: std::time::Duration| time.as_secs_f64() * 1e3;
-        Ok(vec![
-            Sample { what: "downtime", unit: "ms", value: ms(downtime) },
-            Sample { what: "total", unit: "ms", value: ms(total) },
-        ])
+        Ok(vec![milliseconds("downtime", downtime), milliseconds("total", total)])
     }
 }
 

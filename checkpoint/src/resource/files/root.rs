@@ -45,12 +45,8 @@ impl Root {
         if !self.mounts.contains(&held.info.mnt_id) {
             return None;
         }
-        self.inside(held.path())
-    }
-
-    /// The same of a path whose mount is not in question.
-    pub(super) fn inside(&self, link: &Path) -> Option<PathBuf> {
-        Some(Path::new("/").join(link.strip_prefix(&self.prefix).ok()?))
+        let below = held.path().strip_prefix(&self.prefix).ok()?;
+        Some(Path::new("/").join(below))
     }
 
     /// Whether `path` still leads to this very file.

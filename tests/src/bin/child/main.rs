@@ -32,8 +32,8 @@ use creds::{
 use events::{events_epoll, events_eventfd, events_signalfd, events_timerfd};
 use fds::{fds_devices, fds_files, fds_pipes, fds_shared};
 use memory::{
-    memory_advice, memory_cow, memory_file, memory_private, memory_shared, memory_sparse,
-    memory_stack,
+    memory_advice, memory_cow, memory_file, memory_of, memory_private, memory_shared,
+    memory_sparse, memory_stack,
 };
 use pingpong::futex_pingpong;
 use place::{place_directory, place_names, place_root};
@@ -60,7 +60,10 @@ macro_rules! set_up {
         fn set_up(scenario: &str) -> Result<Scenario> {
             match scenario {
                 $(stringify!($name) => $name(),)*
-                _ => bail!("no scenario {scenario}"),
+                _ => match scenario.strip_prefix("memory_of_") {
+                    Some(mib) => memory_of(mib.parse()?),
+                    None => bail!("no scenario {scenario}"),
+                },
             }
         }
     };

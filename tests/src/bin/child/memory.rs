@@ -49,6 +49,14 @@ pub(crate) fn memory_private() -> Result<Scenario> {
     Scenario::new(memory, check, spoil)
 }
 
+/// So many MiB of written memory, for the bench.
+pub(crate) fn memory_of(mib: usize) -> Result<Scenario> {
+    let memory = Mapping::anonymous(mib << 20)?;
+    memory.fill(1);
+    let spoil = |memory: &mut Mapping| Ok(memory.page(0).fill(2));
+    Scenario::new(memory, |memory| memory.verify(1), spoil)
+}
+
 /// Mapped files: pages written in private mappings stay ours, pages written in
 /// shared ones are the file's.
 pub(crate) fn memory_file() -> Result<Scenario> {
