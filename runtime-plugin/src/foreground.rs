@@ -12,14 +12,31 @@ use nix::unistd::Pid;
 
 use crate::console::Terminal;
 
-/// Passes signals on to our child `pid`, and what it writes to its terminal to
-/// our stdout. Returns its exit code, 128 and the signal's number when one
-/// ended it.
-pub(crate) fn wait(pid: Pid, mut terminal: Option<Terminal>) -> Result<u8> {
-    let all = SigSet::all();
-    all.thread_block().context("cannot block signals")?;
-    let flags = SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK;
-    let signals = SignalFd::with_flags(&all, flags).context("cannot take signals")?;
+/// The signals that are to reach a container's process instead of us.
+#[derive(Debug)]
+pub(crate) struct Signals(SignalFd);
+
+impl Signals {
+    /// Holds them back from now on.
+    ///
+    /// To be called when the process is there but does not run yet: it must
+    /// not inherit the mask, nor may a signal for it end us.
+    pub(crate) fn hold() -> Result<Self> {
+        let all = SigSet::all();
+        all.thread_block().context("cannot block signals")?;
+        let flags = SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK;
+        SignalFd::with_flags(&all, flags).map(Self).context("cannot take signals")
+    }
+
+    /// Passes them on to our child `pid`, and what it writes to its terminal to
+    /// our stdout. Returns its exit code, 128 and the signal's number when one
+    /// ended it.
+    pub(crate) fn pass_to(self, pid: Pid, terminal: Option<Terminal>) -> Result<u8> {
+        stand_in(&self.0, pid, terminal)
+    }
+}
+
+fn stand_in(signals: &SignalFd, pid: Pid, mut terminal: Option<Terminal>) -> Result<u8> {
     loop {
         // First, because it may have ended before its SIGCHLD was blocked.
         if let Some(code) = reap(pid)? {

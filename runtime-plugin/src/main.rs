@@ -19,6 +19,7 @@ mod program;
 mod receive;
 mod sandbox;
 mod spec;
+mod worklog;
 
 use std::env;
 use std::process::ExitCode;

@@ -80,9 +80,7 @@ impl Sandbox {
     }
 
     /// The container's program runs again: says so to whoever asks, and to the
-    /// poststart hooks.
-    ///
-    /// It runs even when a hook fails.
+    /// poststart hooks, which cannot change that.
     pub(crate) fn commit(mut self) -> Result<Container> {
         let mut container = self.container.take().context("the sandbox was given up")?;
         if let Some(network) = self.network.take()
@@ -93,8 +91,10 @@ impl Sandbox {
         container.set_status(ContainerStatus::Running).save()?;
         let hooks = container.spec()?.hooks;
         let poststart = hooks.as_ref().and_then(|hooks| hooks.poststart().as_ref());
-        run_hooks(poststart, Some(&container.state), Some(&container.root), None, None)
-            .context("a poststart hook failed")?;
+        let (state, dir) = (Some(&container.state), Some(container.root.as_path()));
+        if let Err(err) = run_hooks(poststart, state, dir, None, None) {
+            tracing::warn!(%err, "a poststart hook failed");
+        }
         Ok(container)
     }
 

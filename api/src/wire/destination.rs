@@ -122,7 +122,7 @@ impl DestinationLink {
 
     /// Says that all of it stands, and waits for the source to give it up.
     pub fn ready(&mut self, sums: Sums) -> Result<Committed, LinkError> {
-        self.say(&Message::Ready(sums))?;
+        self.announce(sums)?;
         match hear(&mut self.receiver, &mut self.phase, &mut Vec::new())? {
             Message::Commit(token) if token == self.token => Ok(Committed(())),
             Message::Commit(_) => Err(LinkError::Peer(Problem::new(
@@ -136,6 +136,11 @@ impl DestinationLink {
                 Err(OutOfOrder { phase, from, kind }.into())
             }
         }
+    }
+
+    /// The first half of [`DestinationLink::ready`]: proves nothing.
+    pub fn announce(&mut self, sums: Sums) -> Result<(), LinkError> {
+        self.say(&Message::Ready(sums))
     }
 
     /// Says that it runs here.

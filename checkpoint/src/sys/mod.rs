@@ -11,3 +11,4 @@ pub(crate) mod signalfd;
 pub(crate) mod sockopt;
 pub(crate) mod task;
 pub(crate) mod timerfd;
+pub(crate) mod unix;

@@ -43,3 +43,11 @@ pub(crate) fn set(socket: BorrowedFd<'_>, level: i32, name: i32, value: &[u8]) -
 pub(crate) fn set_int(socket: BorrowedFd<'_>, level: i32, name: i32, value: i32) -> io::Result<()> {
     set(socket, level, name, &value.to_ne_bytes())
 }
+
+/// Bytes sent and not yet read by the peer or acknowledged (`SIOCOUTQ`).
+pub(crate) fn sent(socket: BorrowedFd<'_>) -> io::Result<i32> {
+    let mut bytes = 0;
+    // SAFETY: the kernel writes one `int` into `bytes`.
+    let n = unsafe { libc::ioctl(socket.as_raw_fd(), libc::TIOCOUTQ, &raw mut bytes) };
+    if n < 0 { Err(io::Error::last_os_error()) } else { Ok(bytes) }
+}

@@ -18,6 +18,7 @@ use crate::container::Root;
 use crate::log::Afterwards;
 use crate::manifest::Manifest;
 use crate::network::Port;
+use crate::worklog::WorkLog;
 
 /// Writes the state of a running container to a directory
 #[derive(Debug, Args)]
@@ -25,7 +26,7 @@ pub(crate) struct Checkpoint {
     /// Directory for the image.
     #[arg(long, default_value = "checkpoint")]
     image_path: PathBuf,
-    /// Taken and not needed: there are no work files.
+    /// Directory for dump.log; the image's own when not given.
     #[arg(long)]
     work_path: Option<PathBuf>,
     /// Directory of an earlier pre-dump, relative to the image. An image is
@@ -124,9 +125,16 @@ pub(crate) fn checkpoint(root: &Root, args: &Checkpoint) -> Result<u8> {
         ContainerStatus::Running => format!("{id} is running; no image was written"),
         status => format!("{id} is {} as before", status.to_string().to_lowercase()),
     };
-    let done = args.judge().and_then(|()| dump(&container, args));
-    let report =
-        done.with_context(|| format!("cannot checkpoint {id}")).afterwards(|| as_before)?;
+    let work = args.work_path.as_deref();
+    let annotations = container.state.annotations.as_ref();
+    let report = WorkLog::new(work, &args.image_path, "dump.log", annotations)
+        .and_then(|log| {
+            let done = args.judge().and_then(|()| dump(&container, args));
+            log.write(id, done.as_ref());
+            done
+        })
+        .with_context(|| format!("cannot checkpoint {id}"))
+        .afterwards(|| as_before)?;
     tracing::info!(%id, ?report, "checkpoint written");
     if !args.leave_running && !args.pre_dump {
         kill::remove(container, true)

@@ -13,9 +13,10 @@ use crate::cli::Cli;
 use crate::console::Console;
 use crate::container::Root;
 use crate::create::{Created, Creation};
+use crate::foreground::Signals;
 use crate::log::Afterwards;
 use crate::program::Program;
-use crate::{foreground, spec};
+use crate::spec;
 
 /// Makes a container that waits to be started.
 pub(crate) fn create(root: &Root, cli: &Cli, args: &Create) -> Result<u8> {
@@ -76,21 +77,20 @@ pub(crate) fn run(root: &Root, cli: &Cli, args: &Run) -> Result<u8> {
         .with_context(|| format!("cannot create {}", args.container_id))
         .afterwards(|| "nothing was created".into())?;
     let init = container.pid().context("the container has no init")?;
-    let started = console
-        .map(Console::accept)
-        .transpose()
-        .and_then(|terminal| start_program(&mut container).map(|()| terminal));
-    let terminal = match started {
-        Ok(terminal) => terminal,
+    let started = || -> Result<_> {
+        let terminal = console.map(Console::accept).transpose()?;
+        let signals = (!args.detach).then(Signals::hold).transpose()?;
+        start_program(&mut container)?;
+        Ok(signals.map(|signals| (signals, terminal)))
+    };
+    let code = match started() {
+        Ok(None) => return Ok(0),
+        Ok(Some((signals, terminal))) => signals.pass_to(init, terminal),
         Err(err) => {
             kill::remove(container, true)?;
             return Err(err);
         }
     };
-    if args.detach {
-        return Ok(0);
-    }
-    let code = foreground::wait(init, terminal);
     if !args.keep {
         kill::remove(root.load(&args.container_id)?, true)?;
     }

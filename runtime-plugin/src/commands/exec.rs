@@ -26,8 +26,9 @@ use oci_spec::runtime::{
 use crate::console::{Console, Terminal};
 use crate::container::Root;
 use crate::create::end_children;
+use crate::foreground::Signals;
 use crate::program::Program;
-use crate::{foreground, spec};
+use crate::spec;
 
 /// Runs a program inside the container; unless detached, waits for it.
 pub(crate) fn exec(root: &Root, args: &Exec) -> Result<u8> {
@@ -48,13 +49,22 @@ pub(crate) fn exec(root: &Root, args: &Exec) -> Result<u8> {
             tracing::warn!("{err:#}");
         }
     });
-    let (pid, terminal) =
+    let Joined { pid, terminal, signals } =
         joined.with_context(|| format!("cannot exec in {}", args.container_id))?;
-    if args.detach { Ok(0) } else { foreground::wait(pid, terminal) }
+    signals.map_or(Ok(0), |signals| signals.pass_to(pid, terminal))
+}
+
+/// A process that runs its program inside the container.
+struct Joined {
+    pid: Pid,
+    /// Its terminal, when that is ours to serve.
+    terminal: Option<Terminal>,
+    /// What we hold back for it, unless it is left alone.
+    signals: Option<Signals>,
 }
 
 /// Starts the process and returns when it runs its program.
-fn join(root: &Root, container: &Container, args: &Exec) -> Result<(Pid, Option<Terminal>)> {
+fn join(root: &Root, container: &Container, args: &Exec) -> Result<Joined> {
     let mut spec = spec::load(container.bundle(), root, container.id(), container.systemd())?;
     let process = match &args.process {
         Some(path) => {
@@ -122,6 +132,7 @@ fn join(root: &Root, container: &Container, args: &Exec) -> Result<(Pid, Option<
     };
     let pid = container_main_process(&process)?;
     let terminal = own.map(Console::accept).transpose()?;
+    let signals = (!args.detach).then(Signals::hold).transpose()?;
     NotifySocket::new(notify).notify_container_start()?;
     drop(report);
     let mut text = String::new();
@@ -129,7 +140,7 @@ fn join(root: &Root, container: &Container, args: &Exec) -> Result<(Pid, Option<
     if !text.is_empty() {
         bail!(text);
     }
-    Ok((pid, terminal))
+    Ok(Joined { pid, terminal, signals })
 }
 
 /// The container's own process, changed as the flags say.

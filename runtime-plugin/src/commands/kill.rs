@@ -1,6 +1,11 @@
 //! `kill` and `delete`.
 
+use std::fs;
+use std::path::Path;
+
 use anyhow::{Context, Result, bail};
+use libcgroups::common::{CgroupConfig, CgroupManager, create_cgroup_manager};
+use libcontainer::config::YoukiConfig;
 use libcontainer::container::{Container, ContainerStatus};
 use libcontainer::signal::Signal;
 use liboci_cli::{Delete, Kill};
@@ -43,8 +48,30 @@ pub(crate) fn delete(root: &Root, args: &Delete) -> Result<u8> {
     if args.force && !root.dir(id)?.exists() {
         return Ok(0);
     }
-    remove(root.load(id)?, args.force)?;
+    match root.load(id) {
+        Ok(container) => remove(container, args.force)?,
+        Err(err) if args.force => {
+            tracing::warn!("clearing what is left of a broken container: {err:#}");
+            clear(&root.dir(id)?)?;
+        }
+        Err(err) => return Err(err),
+    }
     Ok(0)
+}
+
+/// Removes a container whose state cannot be read: its writer was killed.
+fn clear(dir: &Path) -> Result<()> {
+    if let Ok(config) = YoukiConfig::load(dir) {
+        let cgroup = CgroupConfig {
+            cgroup_path: config.cgroup_path,
+            systemd_cgroup: false,
+            container_name: String::new(),
+        };
+        // Ends what still runs in it.
+        create_cgroup_manager(cgroup)?.remove().context("cannot remove the cgroup")?;
+    }
+    network::detach(&network::veth_name(dir))?;
+    fs::remove_dir_all(dir).with_context(|| format!("cannot remove {}", dir.display()))
 }
 
 /// Removes a loaded container; one that runs only by `force`.

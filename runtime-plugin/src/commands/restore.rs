@@ -4,21 +4,24 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result, bail};
 use clap::Args;
-use dunlin_checkpoint::TcpPolicy;
 use dunlin_checkpoint::image::FileSource;
+use dunlin_checkpoint::{RestoreReport, TcpPolicy};
 use libcontainer::container::Container;
 use nix::sys::prctl;
+use oci_spec::runtime::Spec;
 
 use super::kill;
 use crate::cli::Cli;
 use crate::console::{Console, Terminal};
 use crate::container::Root;
 use crate::create::Creation;
+use crate::foreground::Signals;
 use crate::log::Afterwards;
 use crate::manifest::Manifest;
 use crate::program::Program;
 use crate::sandbox::Sandbox;
-use crate::{foreground, spec};
+use crate::spec;
+use crate::worklog::WorkLog;
 
 /// Continues a container from a checkpoint
 #[derive(Debug, Args)]
@@ -26,7 +29,7 @@ pub(crate) struct Restore {
     /// Directory with the image.
     #[arg(long, default_value = "checkpoint")]
     image_path: PathBuf,
-    /// Taken and not needed: there are no work files.
+    /// Directory for restore.log; the image's own when not given.
     #[arg(long)]
     work_path: Option<PathBuf>,
     /// Directory with config.json and the root filesystem.
@@ -112,18 +115,36 @@ pub(crate) fn restore(root: &Root, cli: &Cli, args: &Restore) -> Result<u8> {
         prctl::set_child_subreaper(true).context("cannot become a subreaper")?;
     }
     let id = &args.container_id;
-    let (container, terminal) = build(root, cli, args)
+    let systemd = cli.global.systemd_cgroup;
+    let restored = spec::load(&args.bundle, root, id, systemd).and_then(|spec| {
+        let work = args.work_path.as_deref();
+        let annotations = spec.annotations().as_ref();
+        let log = WorkLog::new(work, &args.image_path, "restore.log", annotations)?;
+        let restored = build(root, systemd, args, spec);
+        log.write(id, restored.as_ref().map(|restored| &restored.report));
+        restored
+    });
+    let Restored { container, terminal, signals, .. } = restored
         .with_context(|| format!("cannot restore {id}"))
         .afterwards(|| "nothing was created; the image is as before".into())?;
-    if args.detach {
-        return Ok(0);
-    }
-    let code = foreground::wait(container.pid().context("the container has no init")?, terminal);
+    let Some(signals) = signals else { return Ok(0) };
+    let init = container.pid().context("the container has no init")?;
+    let code = signals.pass_to(init, terminal);
     kill::remove(root.load(id)?, true)?;
     code
 }
 
-fn build(root: &Root, cli: &Cli, args: &Restore) -> Result<(Container, Option<Terminal>)> {
+/// A container that runs again.
+struct Restored {
+    container: Container,
+    /// Its terminal, when that is ours to serve.
+    terminal: Option<Terminal>,
+    /// What we hold back for it, unless it is left alone.
+    signals: Option<Signals>,
+    report: RestoreReport,
+}
+
+fn build(root: &Root, systemd: bool, args: &Restore, spec: Spec) -> Result<Restored> {
     args.judge()?;
     let image = args.image_path.display();
     let manifest = Manifest::load(&args.image_path)?;
@@ -135,7 +156,6 @@ fn build(root: &Root, cli: &Cli, args: &Restore) -> Result<(Container, Option<Te
     }
     let mut source = FileSource::open(&args.image_path)
         .with_context(|| format!("cannot read the image in {image}"))?;
-    let spec = spec::load(&args.bundle, root, &args.container_id, cli.global.systemd_cgroup)?;
     let given = args.console_socket.as_deref();
     let console = Console::if_needed(root, spec::process(&spec)?, args.detach, given)?;
     let own = console.as_ref().map(Console::path);
@@ -148,7 +168,7 @@ fn build(root: &Root, cli: &Cli, args: &Restore) -> Result<(Container, Option<Te
         console_socket: own.as_deref().or(given),
         preserve_fds: 0,
         no_pivot: args.no_pivot,
-        systemd: cli.global.systemd_cgroup,
+        systemd,
         executor: Box::new(Program),
         muted: true,
     };
@@ -157,8 +177,9 @@ fn build(root: &Root, cli: &Cli, args: &Restore) -> Result<(Container, Option<Te
     let terminal = console.map(Console::accept).transpose()?;
     let place = dunlin_checkpoint::Sandbox { init: sandbox.init(), stdio: sandbox.stdio()? };
     let nascent = dunlin_checkpoint::restore(place, &mut source)?;
-    tracing::info!(id = %args.container_id, report = ?nascent.report(), "tree built");
+    let report = nascent.report().clone();
+    let signals = (!args.detach).then(Signals::hold).transpose()?;
     sandbox.unmute()?;
     nascent.thaw()?;
-    Ok((sandbox.commit()?, terminal))
+    Ok(Restored { container: sandbox.commit()?, terminal, signals, report })
 }

@@ -33,12 +33,20 @@ fn restore<'a>(bundle: &'a Bundle, image: &'a str, more: &[&'a str]) -> Vec<&'a 
     args
 }
 
-/// Counts in its memory and shows how far it is in a file.
-const COUNT: &str = "n=0; while :; do n=$((n+1)); echo $n > /tmp/n; done";
+/// Counts in its memory and says how far it is.
+const COUNT: &str = "n=0; while :; do n=$((n+1)); echo $n; done";
 
-fn count(bundle: &Bundle) -> u64 {
-    let text = fs::read_to_string(bundle.path("rootfs/tmp/n")).unwrap_or_default();
-    text.trim().parse().unwrap_or_default()
+/// What it said first and last since its stdout was opened.
+fn counted(bundle: &Bundle) -> Option<(u64, u64)> {
+    let output = bundle.output_of("c");
+    let whole = &output[..output.rfind('\n')?];
+    let mut lines = whole.lines().map(|line| line.parse().unwrap());
+    let first = lines.next()?;
+    Some((first, lines.next_back().unwrap_or(first)))
+}
+
+fn last(bundle: &Bundle) -> u64 {
+    counted(bundle).map_or(0, |(_, last)| last)
 }
 
 fn uptime(bundle: &Bundle) -> f64 {
@@ -56,15 +64,16 @@ fn a_container_goes_on_where_it_was() {
     let path = bundle.path("image");
     let path = path.to_str().unwrap();
     for _ in 0..3 {
-        let start = count(&bundle);
-        until("it counts", || start + 10 < count(&bundle));
+        let start = last(&bundle);
+        until("it counts", || start + 10 < last(&bundle));
         bundle.ok(&["checkpoint", "--image-path", path, "c"]);
         assert_eq!(bundle.leftovers(), Vec::<String>::new());
-        let stopped = count(&bundle);
+        let stopped = last(&bundle);
         bundle.ok(&restore(&bundle, path, &["--detach"]));
         assert_eq!(bundle.state("c")["status"], "running");
-        until("it counts on", || stopped < count(&bundle));
-        assert!(stopped <= count(&bundle), "it began anew");
+        until("it counts on", || stopped < last(&bundle));
+        // It says so to its new stdout, leaves nothing out and says nothing twice.
+        assert_eq!(counted(&bundle).map(|(first, _)| first), Some(stopped + 1));
         assert_eq!(bundle.ok(&["exec", "c", "cat", "/proc/1/comm"]), "sh\n");
     }
     let taken = bundle.fails(&restore(&bundle, path, &["--detach"]));
@@ -74,23 +83,55 @@ fn a_container_goes_on_where_it_was() {
 }
 
 #[test]
+fn callers_find_a_log_in_the_work_directory() {
+    if needs_root() {
+        return;
+    }
+    let config = tempfile::NamedTempFile::new().unwrap();
+    fs::write(config.path(), "tcp-close\nlog-file=own.log\n").unwrap();
+    for (annotations, names) in [
+        (json!({}), ["dump.log", "restore.log"]),
+        (json!({ "org.criu.config": config.path() }), ["own.log", "own.log"]),
+    ] {
+        let bundle = Bundle::with(&["sh", "-c", COUNT], |spec| spec["annotations"] = annotations);
+        bundle.ok(&["run", "--bundle", bundle.dir(), "--detach", "c"]);
+        let (image, work) = (bundle.path("image"), bundle.path("work"));
+        let (image, work) = (image.to_str().unwrap(), work.to_str().unwrap());
+        let flags = ["--image-path", image, "--work-path", work, "c"];
+        let read = |name: &str| -> Value {
+            let path = bundle.path("work").join(name);
+            let log = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+            fs::remove_file(path).unwrap();
+            log
+        };
+        bundle.ok(&[&["checkpoint"], flags.as_slice()].concat());
+        assert_eq!(read(names[0])["report"]["processes"], 1);
+        bundle.ok(&restore(&bundle, image, &["--detach", "--work-path", work]));
+        assert_eq!(read(names[1])["report"]["processes"], 1);
+        bundle.fails(&restore(&bundle, image, &["--work-path", work]));
+        let error = read(names[1])["error"].to_string();
+        assert!(error.contains("already exists"), "{error}");
+    }
+}
+
+#[test]
 fn an_image_can_be_restored_beside_the_original() {
     if needs_root() {
         return;
     }
     let bundle = Bundle::new(&["sh", "-c", COUNT]);
     bundle.ok(&["run", "--bundle", bundle.dir(), "--detach", "c"]);
-    until("it counts", || 10 < count(&bundle));
+    until("it counts", || 10 < last(&bundle));
     let path = bundle.path("image");
     let path = path.to_str().unwrap();
     bundle.ok(&["checkpoint", "--leave-running", "--image-path", path, "c"]);
-    let then = count(&bundle);
-    until("it counts on", || then < count(&bundle));
+    let then = last(&bundle);
+    until("it counts on", || then < last(&bundle));
     for _ in 0..2 {
         let other = Bundle::new(&["false"]);
         other.ok(&restore(&other, path, &["--detach"]));
-        until("the copy counts", || 0 < count(&other));
-        assert!(10 < count(&other), "it began anew");
+        until("the copy counts", || counted(&other).is_some());
+        assert!(10 < counted(&other).unwrap().0, "it began anew");
     }
 }
 

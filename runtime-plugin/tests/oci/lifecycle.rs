@@ -63,6 +63,24 @@ fn run_gives_the_exit_code_and_leaves_nothing() {
 }
 
 #[test]
+fn delete_by_force_needs_no_readable_state() {
+    if needs_root() {
+        return;
+    }
+    let bundle = Bundle::new(&["sh", "-c", LOOP]);
+    bundle.ok(&["run", "--bundle", bundle.dir(), "--detach", "c"]);
+    let pid = bundle.state("c")["pid"].to_string();
+    // As a runtime leaves it that is killed while it writes.
+    fs::write(bundle.path("state/c/state.json"), "").unwrap();
+    let unreadable = bundle.fails(&["delete", "c"]);
+    assert!(unreadable.contains("cannot read the state"), "{unreadable}");
+    bundle.ok(&["delete", "--force", "c"]);
+    assert_eq!(bundle.leftovers(), Vec::<String>::new());
+    let gone = || fs::read_to_string(format!("/proc/{pid}/cmdline")).unwrap_or_default().is_empty();
+    until("init has ended", gone);
+}
+
+#[test]
 fn run_passes_signals_on() {
     if needs_root() {
         return;

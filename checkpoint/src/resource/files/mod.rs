@@ -177,6 +177,8 @@ struct Source<'a> {
     root: Root,
     tables: Tables,
     sockets: socket::Source,
+    /// What waits in the receive queues of unix sockets.
+    queues: HashMap<usize, Vec<unix::Message>>,
     /// For each description the standard stream that replaces it.
     stdio: Vec<Option<u8>>,
 }
@@ -196,11 +198,16 @@ impl<'a> Source<'a> {
     fn collect(tables: &[TableRef], ctx: &'a Context<'a>, frozen: bool) -> Result<Self, DumpError> {
         let process =
             |what| move |source: std::io::Error| DumpError::Process { what, pid: ctx.init, source };
-        let tables = Tables::collect(tables, frozen)?;
+        let mut tables = Tables::collect(tables, frozen)?;
         let root = Root::of(ctx.init).map_err(process("find the root directory"))?;
         let sockets = socket::Source::of(ctx.init, tables.held.iter().any(Held::is_socket))
             .map_err(process("list the sockets"))?;
-        let mut source = Self { ctx, frozen, root, tables, sockets, stdio: Vec::new() };
+        let queues = if frozen {
+            unix::collect(&mut tables, &sockets.unix).map_err(process("read the queues"))?
+        } else {
+            HashMap::new()
+        };
+        let mut source = Self { ctx, frozen, root, tables, sockets, queues, stdio: Vec::new() };
         source.stdio = stdio::assign(&source);
         Ok(source)
     }
@@ -266,7 +273,7 @@ impl<'a> Source<'a> {
             FileType::RegularFile | FileType::Directory => regular::dump(held, self, out),
             FileType::CharacterDevice => device::dump(held, self).map(Kind::Device),
             FileType::Fifo => pipe::dump(held, self, out).map(Kind::Pipe),
-            FileType::Socket => socket::dump(held, self, out),
+            FileType::Socket => socket::dump(id, held, self, out),
             FileType::BlockDevice => Err(Refusal::unmovable("is a block device")),
             _ => Err(Refusal::unmovable(format!("is {}, a kind we do not know", held.link()))),
         }
@@ -309,6 +316,8 @@ pub(crate) struct Target<'a> {
 #[derive(Debug)]
 pub(crate) struct Opened {
     files: Vec<OwnedFd>,
+    /// Files of unix sockets that wait for their names.
+    placed: Vec<unix::Placed>,
     tables: BTreeMap<i32, Vec<Fd>>,
     timers: Vec<(u32, timerfd::Image)>,
     owners: Vec<(u32, owner::Image)>,
@@ -339,16 +348,6 @@ pub(crate) fn open(image: &Image, target: &Target<'_>) -> Result<Opened, Restore
 
     let mut made: Vec<Option<OwnedFd>> = files.iter().map(|_| None).collect();
     pipe::open(pipes, files, target, &mut made).map_err(|(id, failure)| failure.at(image, id))?;
-    let sockets = thread::scope(|scope| {
-        scope
-            .spawn(|| socket::open(files, target))
-            .join()
-            .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
-    })
-    .map_err(|(id, failure)| failure.at(image, id))?;
-    for (id, fd) in sockets {
-        made[id] = Some(fd);
-    }
     let mut timers = Vec::new();
     for (id, file) in files.iter().enumerate() {
         let File { flags, owner: _, locks: _, kind } = file;
@@ -371,6 +370,14 @@ pub(crate) fn open(image: &Image, target: &Target<'_>) -> Result<Opened, Restore
         .map_err(failed(id))?;
         made[id] = Some(fd);
     }
+    // Last, because messages in their queues may carry any of the others.
+    let placed = thread::scope(|scope| {
+        scope
+            .spawn(|| socket::open(files, target, &mut made))
+            .join()
+            .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+    })
+    .map_err(|(id, failure)| failure.at(image, id))?;
     let files: Vec<OwnedFd> = made.into_iter().flatten().collect();
     if files.len() != image.files.len() {
         return Err(RestoreError::Image("a pipe end belongs to no pipe".into()));
@@ -385,7 +392,7 @@ pub(crate) fn open(image: &Image, target: &Target<'_>) -> Result<Opened, Restore
     }
     let posix_locks = tables.iter().map(|table| (table.pid, table.locks.clone())).collect();
     let tables = tables.iter().map(|table| (table.pid, table.fds.clone())).collect();
-    Ok(Opened { files, tables, timers, owners, late, posix_locks, epoll_items })
+    Ok(Opened { files, placed, tables, timers, owners, late, posix_locks, epoll_items })
 }
 
 /// Whether every index of an image points into it.
@@ -444,6 +451,11 @@ impl Opened {
         &mut self,
         host: &(dyn Fn(i32) -> Option<Pid> + Sync),
     ) -> Result<(), RestoreError> {
+        for placed in &mut self.placed {
+            if let Err(err) = placed.arm() {
+                warn!(%err, ?placed, "a unix socket did not get its path");
+            }
+        }
         for (id, lock) in &self.late {
             if let Err(err) = locks::arm(lock, self.files[*id as usize].as_fd()) {
                 warn!(%err, ?lock, "a lock was not taken again");

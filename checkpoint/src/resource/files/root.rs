@@ -45,8 +45,12 @@ impl Root {
         if !self.mounts.contains(&held.info.mnt_id) {
             return None;
         }
-        let below = held.path().strip_prefix(&self.prefix).ok()?;
-        Some(Path::new("/").join(below))
+        self.inside(held.path())
+    }
+
+    /// The same of a path whose mount is not in question.
+    pub(super) fn inside(&self, link: &Path) -> Option<PathBuf> {
+        Some(Path::new("/").join(link.strip_prefix(&self.prefix).ok()?))
     }
 
     /// Whether `path` still leads to this very file.

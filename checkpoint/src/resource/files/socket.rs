@@ -68,6 +68,7 @@ pub(super) fn received(socket: BorrowedFd<'_>) -> io::Result<u32> {
 }
 
 pub(super) fn dump(
+    id: usize,
     held: &Held,
     source: &super::Source<'_>,
     out: &mut Collector<'_>,
@@ -82,7 +83,7 @@ pub(super) fn dump(
         ));
     }
     match (family, kind, protocol) {
-        (libc::AF_UNIX, ..) => unix::dump(held, kind, source, out).map(Kind::Unix),
+        (libc::AF_UNIX, ..) => unix::dump(id, held, kind, source, out).map(Kind::Unix),
         (libc::AF_INET | libc::AF_INET6, libc::SOCK_STREAM, libc::IPPROTO_TCP)
         | (libc::AF_INET | libc::AF_INET6, libc::SOCK_DGRAM, libc::IPPROTO_UDP) => {
             inet::dump(held, family, protocol, source, out).map(Kind::Inet)
@@ -108,25 +109,25 @@ fn in_words(family: i32, kind: i32, protocol: i32) -> String {
     .to_owned()
 }
 
-/// Makes every socket. Runs on a thread of its own, which enters the
-/// container's network namespace and root directory.
+/// Makes every socket into `made`. Runs on a thread of its own, which enters
+/// the container's network namespace and root directory.
 pub(super) fn open(
     files: &[File],
     target: &Target<'_>,
-) -> Result<Vec<(usize, OwnedFd)>, (usize, Failure)> {
+    made: &mut [Option<OwnedFd>],
+) -> Result<Vec<unix::Placed>, (usize, Failure)> {
     let is_socket = |file: &File| matches!(file.kind, Kind::Inet(_) | Kind::Unix(_));
     let Some(first) = files.iter().position(is_socket) else { return Ok(Vec::new()) };
     enter(target).making("enter the container").map_err(|err| (first, err))?;
-    let mut made = inet::open(files)?;
-    made.extend(unix::open(files)?);
-    Ok(made)
+    for (id, fd) in inet::open(files)? {
+        made[id] = Some(fd);
+    }
+    unix::open(files, target, made)
 }
 
 fn enter(target: &Target<'_>) -> io::Result<()> {
     nix::sched::setns(target.netns, CloneFlags::CLONE_NEWNET)?;
-    nix::sched::unshare(CloneFlags::CLONE_FS)?;
-    rustix::process::fchdir(target.root)?;
-    Ok(rustix::process::chroot(".")?)
+    Ok(nix::sched::unshare(CloneFlags::CLONE_FS)?)
 }
 
 /// Makes a socket and gives it to its owner.

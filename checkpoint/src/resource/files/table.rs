@@ -5,7 +5,7 @@ use std::{
     collections::{BTreeMap, HashMap},
     fs, io,
     os::fd::{AsFd, AsRawFd, OwnedFd, RawFd},
-    path::Path,
+    path::{Path, PathBuf},
 };
 
 use nix::unistd::Pid;
@@ -21,10 +21,9 @@ use crate::{DumpError, sys::kcmp};
 pub(super) struct Held {
     pub(super) fd: OwnedFd,
     /// Who has it, and as which number.
-    pid: Pid,
-    number: RawFd,
+    name: String,
     /// What `/proc/PID/fd/N` points to.
-    link: std::path::PathBuf,
+    link: PathBuf,
     pub(super) stat: Stat,
     pub(super) info: FdInfo,
 }
@@ -32,7 +31,7 @@ pub(super) struct Held {
 impl Held {
     /// `fd 9 of pid 4711`.
     pub(super) fn name(&self) -> String {
-        format!("fd {} of pid {}", self.number, self.pid)
+        self.name.clone()
     }
 
     pub(super) fn path(&self) -> &Path {
@@ -134,15 +133,38 @@ impl Tables {
         let file = match self.find(object, &fd)? {
             Ok(known) => known,
             Err(place) => {
-                let link = fs::read_link(format!("/proc/self/fd/{}", fd.as_raw_fd()))?;
-                self.held.push(Held { fd, pid, number, link, stat, info });
-                let id = self.held.len() - 1;
-                self.by_object.entry(object).or_default().insert(place, id);
-                id
+                let name = format!("fd {number} of pid {pid}");
+                self.hold(place, Held { link: link(&fd)?, fd, name, stat, info })
             }
         };
         let file = u32::try_from(file).map_err(io::Error::other)?;
         Ok(Fd { fd: number, file, cloexec })
+    }
+
+    fn hold(&mut self, place: usize, held: Held) -> usize {
+        let id = self.held.len();
+        self.by_object.entry(held.object()).or_default().insert(place, id);
+        self.held.push(held);
+        id
+    }
+
+    /// Takes in a file found in the queue of the socket `carrier`.
+    pub(super) fn adopt(&mut self, fd: OwnedFd, carrier: &str) -> io::Result<u32> {
+        let stat = rustix::fs::fstat(&fd)?;
+        let file = match self.find((stat.st_dev, stat.st_ino), &fd)? {
+            Ok(known) => known,
+            Err(place) => {
+                let info = FdInfo::read(Pid::this(), fd.as_raw_fd())?;
+                let name = format!("a file in flight in {carrier}");
+                self.hold(place, Held { link: link(&fd)?, fd, name, stat, info })
+            }
+        };
+        u32::try_from(file).map_err(io::Error::other)
+    }
+
+    /// The description of the socket with this inode; `any` is one too.
+    pub(super) fn socket(&self, any: &Held, inode: u32) -> Option<usize> {
+        self.by_object.get(&(any.stat.st_dev, inode.into()))?.first().copied()
     }
 
     /// Finds the description behind our fd, or the place where it belongs.
@@ -189,6 +211,10 @@ impl Tables {
             })
             .collect()
     }
+}
+
+fn link(fd: &OwnedFd) -> io::Result<PathBuf> {
+    fs::read_link(format!("/proc/self/fd/{}", fd.as_raw_fd()))
 }
 
 fn find_fd(fds: &[Fd], number: RawFd) -> Option<usize> {

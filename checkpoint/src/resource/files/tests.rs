@@ -8,6 +8,7 @@ mod epolls;
 mod ghosts;
 mod pipes;
 mod sockets;
+mod unix;
 
 use std::{
     collections::BTreeMap,
@@ -57,8 +58,12 @@ const WORLDS: &[(&str, fn())] = &[
     ("epoll", epolls::epolls),
     ("inet", sockets::inet),
     ("established", sockets::established),
-    ("unix_pairs", sockets::unix_pairs),
-    ("unix_listening", sockets::unix_listening),
+    ("unix_pairs", unix::pairs),
+    ("unix_listening", unix::listening),
+    ("unix_named", unix::named),
+    ("unix_datagrams", unix::datagrams),
+    ("unix_in_flight", unix::in_flight),
+    ("unix_outside", unix::outside),
 ];
 
 /// Sets up the world that the parent asks for and waits until it is gone.
@@ -105,6 +110,10 @@ struct Holder {
 impl Holder {
     /// Starts one, or says why it cannot.
     fn start(world: &str) -> Option<Self> {
+        Self::start_with(world, &[])
+    }
+
+    fn start_with(world: &str, more: &[(&str, &std::path::Path)]) -> Option<Self> {
         if !unistd::geteuid().is_root() {
             eprintln!("skipped: needs CAP_SYS_ADMIN");
             return None;
@@ -116,6 +125,7 @@ impl Holder {
             .args(["--exact", "resource::files::tests::holder", "--ignored", "--nocapture"])
             .env(WORLD, world)
             .env(WORLD_DIR, dir.path())
+            .envs(more.iter().copied())
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .stderr(Stdio::null())

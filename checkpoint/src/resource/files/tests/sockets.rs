@@ -1,19 +1,12 @@
-//! TCP, UDP and unix sockets.
+//! TCP and UDP sockets.
 
 use std::{
     io::{Read, Write},
     net::{Ipv6Addr, TcpListener, TcpStream, UdpSocket},
-    os::{
-        linux::net::SocketAddrExt,
-        unix::net::{SocketAddr, UnixDatagram, UnixListener, UnixStream},
-    },
     time::Duration,
 };
 
-use rustix::net::{
-    AddressFamily, RecvFlags, SendFlags, Shutdown, SocketFlags, SocketType, recv, send, socketpair,
-    sockopt,
-};
+use rustix::net::{AddressFamily, RecvFlags, SocketType, recv, sockopt};
 
 use super::*;
 use crate::TcpPolicy;
@@ -110,94 +103,4 @@ fn established_connections_are_refused_or_closed() {
         let got = recv(restored.fd(number), &mut buf, RecvFlags::empty());
         assert_eq!(got.unwrap_err(), rustix::io::Errno::NOTCONN);
     }
-}
-
-pub(super) fn unix_pairs() {
-    let pair = |kind| socketpair(AddressFamily::UNIX, kind, SocketFlags::empty(), None).unwrap();
-    let (a, b) = pair(SocketType::STREAM);
-    send(&a, b"to b", SendFlags::empty()).unwrap();
-    send(&b, &[9; 50_000], SendFlags::empty()).unwrap();
-    sockopt::set_socket_passcred(&a, true).unwrap();
-    put(a, 100);
-    put(b, 101);
-    for (number, kind) in [(102, SocketType::DGRAM), (104, SocketType::SEQPACKET)] {
-        let (a, b) = pair(kind);
-        for message in ["one", "two", "three"] {
-            send(&a, message.as_bytes(), SendFlags::empty()).unwrap();
-        }
-        put(a, number);
-        put(b, number + 1);
-    }
-    let (a, b) = pair(SocketType::STREAM);
-    send(&b, b"bye", SendFlags::empty()).unwrap();
-    drop(b);
-    put(a, 106);
-    let (a, b) = pair(SocketType::STREAM);
-    rustix::net::shutdown(&a, Shutdown::Write).unwrap();
-    put(a, 107);
-    put(b, 108);
-}
-
-fn receive(restored: &Restored, number: RawFd) -> rustix::io::Result<Vec<u8>> {
-    let mut buf = vec![0; 1 << 17];
-    let (_, len) = recv(restored.fd(number), &mut buf[..], RecvFlags::DONTWAIT)?;
-    buf.truncate(len);
-    Ok(buf)
-}
-
-#[test]
-fn unix_pairs_keep_their_queues() {
-    let Some(mut holder) = Holder::start("unix_pairs") else { return };
-    assert_eq!(holder.inspect(&Options::default()), []);
-    assert_eq!(holder.dump(), holder.dump());
-    let restored = holder.migrate();
-    restored.assert_same(100..=108);
-    let nothing = Err(rustix::io::Errno::AGAIN);
-    assert!(sockopt::socket_passcred(restored.fd(100)).unwrap());
-    assert_eq!(receive(&restored, 101).unwrap(), b"to b");
-    assert_eq!(receive(&restored, 100).unwrap(), vec![9; 50_000]);
-    assert_eq!(receive(&restored, 100), nothing);
-    for number in [103, 105] {
-        for message in ["one", "two", "three"] {
-            assert_eq!(receive(&restored, number).unwrap(), message.as_bytes());
-        }
-        assert_eq!(receive(&restored, number), nothing);
-    }
-    assert_eq!(receive(&restored, 106).unwrap(), b"bye");
-    assert_eq!(receive(&restored, 106).unwrap(), b"");
-    assert_eq!(receive(&restored, 108).unwrap(), b"");
-    send(restored.fd(108), b"x", SendFlags::empty()).unwrap();
-    assert_eq!(receive(&restored, 107).unwrap(), b"x");
-    let closed = send(restored.fd(107), b"x", SendFlags::NOSIGNAL);
-    assert_eq!(closed, Err(rustix::io::Errno::PIPE));
-}
-
-pub(super) fn unix_listening() {
-    put(UnixListener::bind(format!("{}/socket", dir())).unwrap(), 100);
-    let name = SocketAddr::from_abstract_name(b"dunlin\0test").unwrap();
-    put(UnixListener::bind_addr(&name).unwrap(), 101);
-    put(UnixDatagram::bind(format!("{}/datagrams", dir())).unwrap(), 102);
-    put(UnixDatagram::unbound().unwrap(), 103);
-}
-
-#[test]
-fn unix_sockets_are_bound_again() {
-    let Some(mut holder) = Holder::start("unix_listening") else { return };
-    let restored = holder.migrate();
-    restored.assert_same(100..=103);
-    let listener = UnixListener::from(restored.fd(100).try_clone_to_owned().unwrap());
-    let path = holder.dir.path().join("socket");
-    assert_eq!(listener.local_addr().unwrap().as_pathname().unwrap(), path);
-    let mut client = UnixStream::connect(&path).unwrap();
-    client.write_all(b"x").unwrap();
-    listener.accept().unwrap().0.read_exact(&mut [0]).unwrap();
-
-    let listener = UnixListener::from(restored.fd(101).try_clone_to_owned().unwrap());
-    let name = listener.local_addr().unwrap();
-    assert_eq!(name.as_abstract_name().unwrap(), b"dunlin\0test");
-    super::super::in_netns(restored.netns.as_fd(), || UnixStream::connect_addr(&name)).unwrap();
-
-    let sender = UnixDatagram::unbound().unwrap();
-    sender.send_to(b"to you", holder.dir.path().join("datagrams")).unwrap();
-    assert_eq!(receive(&restored, 102).unwrap(), b"to you");
 }
