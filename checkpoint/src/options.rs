@@ -27,4 +27,8 @@ pub struct Options {
     pub external_unix: bool,
     /// Accept a controlling terminal that belongs to a session outside the tree.
     pub shell_job: bool,
+    /// Drop TCP connections that nobody has accepted yet; without it they are
+    /// a refusal, unless established ones are closed too.
+    #[serde(default)]
+    pub skip_in_flight: bool,
 }

@@ -42,7 +42,7 @@ pub(crate) struct Checkpoint {
     /// Closes established TCP connections.
     #[arg(long, conflicts_with = "tcp_established")]
     tcp_close: bool,
-    /// Taken and not needed: connections not yet accepted are no obstacle.
+    /// Drops TCP connections that nobody has accepted yet.
     #[arg(long)]
     tcp_skip_in_flight: bool,
     /// Taken and not needed: unlinked files travel in the image.
@@ -94,6 +94,7 @@ impl Checkpoint {
             file_locks: self.file_locks,
             external_unix: self.ext_unix_sk,
             shell_job: self.shell_job,
+            skip_in_flight: self.tcp_skip_in_flight,
         }
     }
 

@@ -74,6 +74,7 @@ impl Job {
             file_locks: self.options.file_locks,
             external_unix: self.options.external_unix,
             shell_job: self.options.shell_job,
+            skip_in_flight: false,
         }
     }
 }

@@ -17,7 +17,7 @@ use serde::{Deserialize, Serialize};
 use super::{
     Collector, Doing, Failure, File, Kind, Making, Refusal, Source, socket, sockopt, table::Held,
 };
-use crate::{TcpPolicy, sys::sockopt as raw};
+use crate::{Options, TcpPolicy, sys::sockopt as raw};
 
 const TCP_CLOSE: u8 = 7;
 const TCP_LISTEN: u8 = 10;
@@ -87,6 +87,10 @@ pub(super) fn dump(
     })
 }
 
+fn drops_waiting(options: &Options) -> bool {
+    options.skip_in_flight || options.tcp == TcpPolicy::Close
+}
+
 fn tcp_state(held: &Held, source: &Source<'_>, out: &mut Collector<'_>) -> Result<State, Refusal> {
     let socket = held.fd.as_fd();
     let mut ulp = [0; 16];
@@ -102,16 +106,14 @@ fn tcp_state(held: &Held, source: &Source<'_>, out: &mut Collector<'_>) -> Resul
     match info[0] {
         TCP_CLOSE => Ok(State::Idle),
         TCP_LISTEN if waiting == 0 => Ok(State::Listening(backlog)),
-        TCP_LISTEN => match source.ctx.options.tcp {
-            TcpPolicy::Close => {
-                out.losses.push(format!("drops {waiting} connections nobody has accepted yet"));
-                Ok(State::Listening(backlog))
-            }
-            _ => Err(Refusal::new(
-                format!("is a listening socket with {waiting} connections nobody has accepted yet"),
-                "try again in a moment, or close connections (--tcp-close)",
-            )),
-        },
+        TCP_LISTEN if drops_waiting(source.ctx.options) => {
+            out.losses.push(format!("drops {waiting} connections nobody has accepted yet"));
+            Ok(State::Listening(backlog))
+        }
+        TCP_LISTEN => Err(Refusal::new(
+            format!("is a listening socket with {waiting} connections nobody has accepted yet"),
+            "try again in a moment, or drop them (--tcp-skip-in-flight)",
+        )),
         _ => match source.ctx.options.tcp {
             TcpPolicy::Close => Ok(State::Closed),
             TcpPolicy::Refuse => Err(Refusal::new(
