@@ -11,16 +11,15 @@ use crate::{
     host,
     image::{self, Head, ImageSink, Kind},
     inspect::{adopt_session, node, require},
+    precopy::{Baseline, Pass, reachable},
     proc::{self, Stat, Status},
     resource::{
         files::{self, TableRef},
-        fs, limits,
-        memory::{self, Layout},
-        mm, shared,
+        fs, limits, mm,
         shared::Objects,
         signals,
         signals::Queue,
-        threads, timers,
+        threads, timers, tree,
     },
     stub::{Batch, Remote, SignalUse, Tracee},
     sys::ptrace,
@@ -54,7 +53,7 @@ pub fn freeze(root: Pid, options: &Options) -> Result<Frozen, DumpError> {
     require(root, options)?;
     let started = Instant::now();
     let tree = freeze::freeze(root)?;
-    Ok(Frozen { tree, options: options.clone(), freeze_us: micros(started) })
+    Ok(Frozen::new(tree, options.clone(), started, Baseline::default()))
 }
 
 fn micros(since: Instant) -> u64 {
@@ -67,9 +66,21 @@ pub struct Frozen {
     tree: FrozenTree,
     options: Options,
     freeze_us: u64,
+    /// What was sent while the tree ran.
+    baseline: Baseline,
 }
 
 impl Frozen {
+    /// A tree whose stop was asked for at `started`.
+    pub(crate) fn new(
+        tree: FrozenTree,
+        options: Options,
+        started: Instant,
+        baseline: Baseline,
+    ) -> Self {
+        Self { tree, options, freeze_us: micros(started), baseline }
+    }
+
     /// Writes the whole image.
     pub fn dump(&mut self, sink: &mut dyn ImageSink) -> Result<DumpReport, DumpError> {
         let started = Instant::now();
@@ -85,7 +96,9 @@ impl Frozen {
                 ids.insert(thread.tid.as_raw(), status.tid());
             }
             if !process.is_zombie() {
-                process.vmas = proc::vmas(pid).map_err(failed("read the memory map", pid))?;
+                let known = self.baseline.known_vmas(process.status.tgid());
+                process.vmas =
+                    proc::vmas_again(pid, known).map_err(failed("read the memory map", pid))?;
             }
         }
         let mut images = Vec::new();
@@ -93,19 +106,24 @@ impl Frozen {
             images.push(dump_process(process, &ids)?);
         }
         let head = self.head(&images)?;
-        let (layouts, mut objects) = self.layouts()?;
+        let mut objects = Objects::default();
         let files = self.files(&mut objects)?;
         report.bytes += image::put(sink, Kind::Head, &head).map_err(DumpError::Sink)?;
+        self.baseline.keep(&head.nodes);
+        for process in self.tree.processes.iter_mut().filter(|p| !p.is_zombie()) {
+            let (pid, tgid) = (process.pid, process.status.tgid());
+            let vmas = std::mem::take(&mut process.vmas);
+            for vma in &vmas {
+                objects.identify(pid, vma).map_err(failed("take down the memory map", pid))?;
+            }
+            let sent = self.baseline.round(pid, tgid, vmas, Pass::Frozen, sink)?;
+            report.pages += sent.pages;
+            report.bytes += sent.bytes;
+        }
         let sent = objects.dump(sink).map_err(DumpError::Sink)?;
         report.pages += sent.pages;
         report.bytes += sent.bytes;
         report.bytes += image::put(sink, Kind::Files, &files).map_err(DumpError::Sink)?;
-        for (host, layout) in &layouts {
-            report.bytes += image::put(sink, Kind::Layout, layout).map_err(DumpError::Sink)?;
-            let sent = memory::dump_pages(*host, layout, sink).map_err(DumpError::Sink)?;
-            report.pages += sent.pages;
-            report.bytes += sent.bytes;
-        }
         let living = self.tree.processes.iter().filter(|p| !p.is_zombie());
         for (process, image) in living.zip(&mut images) {
             // Last of all: signals arrive at a stopped process too.
@@ -118,12 +136,11 @@ impl Frozen {
     }
 
     fn head(&self, images: &[image::Process]) -> Result<Head, DumpError> {
-        let root = &self.tree.processes[0];
-        let xstate = ptrace::xstate(root.pid).map_err(failed("read the registers", root.pid))?;
+        let root = self.tree.processes[0].pid;
         let mut nodes = Vec::with_capacity(self.tree.processes.len());
         for process in &self.tree.processes {
             let stat = Stat::of(process.pid).map_err(|_| DumpError::Vanished(process.pid))?;
-            let mut node = node(process.pid == root.pid, &process.status, &stat);
+            let mut node = node(process.pid == root, &process.status, &stat);
             let image = images.iter().find(|i| i.pid == node.pid);
             let stopped = process.threads.first().is_some_and(|t| t.job_stopped);
             // Whether the parent has waited for the stop.
@@ -134,13 +151,8 @@ impl Frozen {
         if self.options.shell_job {
             adopt_session(&mut nodes);
         }
-        Ok(Head {
-            version: image::VERSION,
-            arch: std::env::consts::ARCH.to_owned(),
-            xstate_len: u32::try_from(xstate.len()).expect("at most 16 KiB"),
-            vdso: host::vdso_checksum().map_err(failed("read the vDSO", Pid::this()))?,
-            nodes,
-        })
+        reachable(&self.baseline, &mut nodes);
+        head_of(root, nodes)
     }
 
     /// Every open file of the tree.
@@ -152,23 +164,6 @@ impl Frozen {
         let init = self.tree.processes[0].pid;
         let ctx = files::Context { options: &self.options, init, tasks: &tasks };
         files::dump(&tables, &ctx, objects)
-    }
-
-    /// The mappings of every process, and the objects that are mapped.
-    fn layouts(&self) -> Result<(Vec<(Pid, Layout)>, Objects), DumpError> {
-        let mut objects = Objects::default();
-        let mut layouts = Vec::new();
-        for process in self.tree.processes.iter().filter(|p| !p.is_zombie()) {
-            let pid = process.pid;
-            let layout = memory::layout(
-                process.status.tgid(),
-                &process.vmas,
-                |vma| objects.identify(pid, vma),
-                |vma| shared::file_size(pid, vma),
-            );
-            layouts.push((pid, layout.map_err(failed("take down the memory map", pid))?));
-        }
-        Ok((layouts, objects))
     }
 
     /// Lets the tree run on and says when that failed.
@@ -188,7 +183,19 @@ impl Frozen {
     }
 }
 
-fn failed(what: &'static str, pid: Pid) -> impl Fn(io::Error) -> DumpError {
+/// The head of an image of the tree below `root`.
+pub(crate) fn head_of(root: Pid, nodes: Vec<tree::Node>) -> Result<Head, DumpError> {
+    let xstate_len = host::xstate_len().map_err(failed("read the CPU's features", root))?;
+    Ok(Head {
+        version: image::VERSION,
+        arch: std::env::consts::ARCH.to_owned(),
+        xstate_len,
+        vdso: host::vdso_checksum().map_err(failed("read the vDSO", Pid::this()))?,
+        nodes,
+    })
+}
+
+pub(crate) fn failed(what: &'static str, pid: Pid) -> impl Fn(io::Error) -> DumpError {
     move |source| DumpError::Process { what, pid, source }
 }
 
@@ -213,7 +220,7 @@ fn dump_process(
     for thread in &process.threads {
         statuses.push(Status::of(thread.tid).map_err(|_| DumpError::Vanished(pid))?);
     }
-    let signals = signal_use(&statuses);
+    let signals = SignalUse::of(&statuses);
     let (leader, others) = process.threads.split_first_mut().ok_or(DumpError::Vanished(pid))?;
     judge_thread(leader).map_err(failed("move a thread", pid))?;
     let xstate = ptrace::xstate(pid).map_err(failed("read the registers", pid))?;
@@ -273,13 +280,4 @@ fn judge_thread(thread: &Tracee) -> io::Result<()> {
         return Err(io::Error::other("it uses syscall user dispatch, which cannot be moved"));
     }
     Ok(())
-}
-
-fn signal_use(threads: &[Status]) -> SignalUse {
-    threads.iter().fold(SignalUse::default(), |all, s| SignalUse {
-        caught: all.caught | s.caught,
-        ignored: all.ignored | s.ignored,
-        blocked: all.blocked | s.blocked,
-        pending: all.pending | s.pending | s.shared_pending,
-    })
 }

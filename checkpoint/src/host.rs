@@ -17,3 +17,9 @@ pub(crate) fn vdso_checksum() -> io::Result<u32> {
     memory::read_exact(Pid::this(), &mut code, vdso.start)?;
     Ok(crc32fast::hash(&code))
 }
+
+/// Length of an xsave area in the standard format with every component that
+/// this kernel lets user space have, in bytes (CPUID leaf 0xd).
+pub(crate) fn xstate_len() -> io::Result<u32> {
+    Ok(std::arch::x86_64::__cpuid_count(0xd, 0).ebx)
+}

@@ -1,6 +1,7 @@
 //! The verdict: what of a running tree cannot move, found without stopping it.
 
 use std::{
+    collections::BTreeSet,
     fs::{self, File},
     io::Read,
     path::PathBuf,
@@ -43,7 +44,7 @@ pub(crate) fn inspect(root: Pid, options: &Options) -> Result<Verdict, DumpError
         adopt_session(&mut nodes);
     }
     let root_sid = nodes.first().map_or(0, |n| if n.sid == n.pid { n.pid } else { n.sid });
-    if let Err(reason) = tree::plan(&nodes, root_sid) {
+    if let Err(reason) = tree::plan(&nodes, root_sid, &BTreeSet::new()) {
         verdict.refuse(format!("the process tree of {root}"), reason, "");
     }
     Ok(verdict)
@@ -67,6 +68,7 @@ pub(crate) fn node(is_root: bool, status: &Status, stat: &Stat) -> tree::Node {
         pgid: status.pgid(),
         sid: status.sid(),
         exit_signal: stat.exit_signal,
+        generation: stat.generation(),
         subreaper: false,
         stopped: None,
         zombie: (status.state == 'Z').then_some(stat.exit_code),
@@ -153,7 +155,7 @@ fn judge_process(pid: Pid, status: &Status, stat: &Stat, home: &Home, verdict: &
     }
     let Ok(vmas) = proc::vmas(pid) else { return };
     for vma in &vmas {
-        if let Some(reason) = memory::unmovable(vma) {
+        if let Some(reason) = memory::unmovable(vma, false) {
             let object = format!("mapping {:#x} of {me}", vma.start);
             verdict.refuse(object, reason, "");
         }

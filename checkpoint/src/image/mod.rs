@@ -13,7 +13,7 @@ use serde::Serialize;
 use crate::RestoreError;
 
 pub use file::{FileError, FileSink, FileSource, NAME as FILE_NAME};
-pub(crate) use records::{Head, Process};
+pub(crate) use records::{Drop, Head, Process};
 
 /// Version of the records' bodies; an image of another one is refused.
 pub const VERSION: u16 = 1;
@@ -56,11 +56,13 @@ pub(crate) enum Kind {
     Process = 7,
     /// Nothing follows.
     End = 8,
+    /// Pages that were sent and are gone since.
+    Drop = 9,
 }
 
 impl Kind {
     pub(crate) fn of(raw: u16) -> Option<Self> {
-        const ALL: [Kind; 8] = [
+        const ALL: [Kind; 9] = [
             Kind::Head,
             Kind::Object,
             Kind::ObjectPages,
@@ -69,6 +71,7 @@ impl Kind {
             Kind::Files,
             Kind::Process,
             Kind::End,
+            Kind::Drop,
         ];
         ALL.into_iter().find(|&kind| kind as u16 == raw)
     }

@@ -29,3 +29,12 @@ pub(crate) struct Process {
     /// Leader first.
     pub(crate) threads: Vec<threads::Image>,
 }
+
+/// Pages of a process that were sent and are gone since: zeros again, or the
+/// file's.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Drop {
+    pub(crate) pid: i32,
+    /// `(start, end)`.
+    pub(crate) ranges: Vec<(u64, u64)>,
+}

@@ -115,6 +115,8 @@ pub(crate) struct Stat {
     pub(crate) exit_signal: i32,
     /// Status for `wait(2)` of a zombie.
     pub(crate) exit_code: i32,
+    /// When the process was born, in clock ticks.
+    pub(crate) start_time: u64,
     pub(crate) start_code: u64,
     pub(crate) end_code: u64,
     pub(crate) start_stack: u64,
@@ -126,6 +128,15 @@ pub(crate) struct Stat {
 }
 
 impl Stat {
+    /// Tells this run of a program from another with the same pid, later or
+    /// after an `exec`: both get addresses of their own.
+    pub(crate) fn generation(&self) -> u64 {
+        let mut hasher = std::hash::DefaultHasher::new();
+        let addresses = (self.start_code, self.start_stack, self.start_brk, self.arg, self.env);
+        std::hash::Hash::hash(&(self.start_time, addresses), &mut hasher);
+        std::hash::Hasher::finish(&hasher)
+    }
+
     pub(crate) fn of(pid: Pid) -> io::Result<Self> {
         let text = fs::read(format!("/proc/{pid}/stat"))?;
         Self::parse(&text).ok_or_else(|| io::ErrorKind::InvalidData.into())
@@ -146,6 +157,7 @@ impl Stat {
             ppid: small(4)?,
             exit_signal: small(38)?,
             exit_code: small(52)?,
+            start_time: field(22)?,
             start_code: field(26)?,
             end_code: field(27)?,
             start_stack: field(28)?,

@@ -1,20 +1,14 @@
-//! Private memory of a process: its mappings and the pages it has written.
-//!
-//! A page travels when it is the process's own: anonymous, or a private copy of
-//! a file's page. Untouched pages, pages of zeros and pages still equal to the
-//! file never do.
+//! Mappings of a process (`mmap(2)`), and what changed in them since they were
+//! last looked at.
 
-use std::{collections::BTreeMap, io, io::IoSlice};
+use std::{collections::BTreeMap, io};
 
-use nix::unistd::Pid;
 use serde::{Deserialize, Serialize};
 
 use super::shared::ObjectId;
 use crate::{
-    image::{ImageSink, Kind},
     proc::{Vma, VmaKind},
     stub::{Batch, args},
-    sys::memory::{self, Filter, ForcedMemory, PAGE, PAGE_LEN, category},
 };
 
 /// What a mapping shows.
@@ -100,7 +94,9 @@ const ADVICE: [(&[u8; 2], i32); 7] = [
 ];
 
 /// Why a mapping cannot move.
-pub(crate) fn unmovable(vma: &Vma) -> Option<String> {
+///
+/// A userfaultfd is ours where the process is `tracked`.
+pub(crate) fn unmovable(vma: &Vma, tracked: bool) -> Option<String> {
     const WORDS: [(&[u8; 2], &str); 7] = [
         (b"ht", "is made of huge pages (hugetlbfs)"),
         (b"io", "shows a device"),
@@ -120,19 +116,24 @@ pub(crate) fn unmovable(vma: &Vma) -> Option<String> {
         }
         VmaKind::Anonymous => {}
     }
-    WORDS.iter().find(|(word, _)| vma.has(word)).map(|(_, reason)| (*reason).to_owned())
+    let ours = |word: &[u8; 2]| tracked && word == b"uw";
+    WORDS
+        .iter()
+        .find(|(word, _)| vma.has(word) && !ours(word))
+        .map(|(_, reason)| (*reason).to_owned())
 }
 
 /// Takes down the mappings of a process. `object` names memory objects.
 pub(crate) fn layout(
     pid: i32,
     vmas: &[Vma],
+    tracked: bool,
     mut object: impl FnMut(&Vma) -> io::Result<Option<ObjectId>>,
     mut file_size: impl FnMut(&Vma) -> io::Result<u64>,
 ) -> io::Result<Layout> {
     let mut mappings = Vec::with_capacity(vmas.len());
     for vma in vmas {
-        if let Some(reason) = unmovable(vma) {
+        if let Some(reason) = unmovable(vma, tracked) {
             return Err(io::Error::other(format!("mapping {:#x} {reason}", vma.start)));
         }
         let backing = match &vma.kind {
@@ -216,228 +217,159 @@ impl Mapping {
     }
 
     /// Whether a page of zeros need not travel.
-    fn zeros_are_free(&self) -> bool {
+    pub(crate) fn zeros_are_free(&self) -> bool {
         matches!(self.backing, Backing::Anonymous)
     }
 }
 
-/// Pages read at a time: small enough to stay in the cache until they are sent.
-const CHUNK: usize = 256 << 10;
-
-/// What has been put into a sink.
-#[derive(Debug, Clone, Copy, Default)]
-pub(crate) struct Sent {
-    pub(crate) pages: u64,
-    pub(crate) bytes: u64,
-}
-
-/// Sends the process's own pages.
-pub(crate) fn dump_pages(host: Pid, layout: &Layout, sink: &mut dyn ImageSink) -> io::Result<Sent> {
-    let private: Vec<&Mapping> = layout.mappings.iter().filter(|m| !m.shared).collect();
-    let (Some(first), Some(last)) = (private.first(), private.last()) else {
-        return Ok(Sent::default());
-    };
-    let filter = Filter {
-        all: 0,
-        any: category::PRESENT | category::SWAPPED,
-        none: category::FILE | category::PFNZERO,
-    };
-    // The mappings are in order of addresses and so are the ranges.
-    let ranges = memory::scan(host, first.start, last.end, filter)?;
-    let mut sender = Sender::new(host, layout.pid, sink)?;
-    let mut from = 0;
-    for mapping in private {
-        while ranges.get(from).is_some_and(|r| r.1 <= mapping.start) {
-            from += 1;
-        }
-        for &(start, end) in ranges[from..].iter().take_while(|r| r.0 < mapping.end) {
-            let range = (start.max(mapping.start), end.min(mapping.end));
-            sender.add(range, mapping.zeros_are_free())?;
-        }
-    }
-    sender.flush()?;
-    Ok(sender.sent)
-}
-
-/// Gathers pages of many ranges into records.
-struct Sender<'s> {
-    host: Pid,
-    pid: i32,
-    sink: &'s mut dyn ImageSink,
-    forced: ForcedMemory,
-    buf: Vec<u8>,
-    /// Ranges `(start, len)` that the next read fills `buf` with, and whether
-    /// zeros among them are left out.
-    wanted: Vec<(u64, u64, bool)>,
-    len: usize,
-    sent: Sent,
-}
-
-impl<'s> Sender<'s> {
-    fn new(host: Pid, pid: i32, sink: &'s mut dyn ImageSink) -> io::Result<Self> {
-        let forced = ForcedMemory::open(host)?;
-        let buf = vec![0; CHUNK];
-        Ok(Self { host, pid, sink, forced, buf, wanted: Vec::new(), len: 0, sent: Sent::default() })
+impl Mapping {
+    pub(crate) fn is_writable(&self) -> bool {
+        self.prot & libc::PROT_WRITE != 0
     }
 
-    fn add(&mut self, (mut start, end): (u64, u64), skip_zeros: bool) -> io::Result<()> {
-        while start < end {
-            let room = (CHUNK - self.len) as u64;
-            let len = room.min(end - start);
-            self.wanted.push((start, len, skip_zeros));
-            self.len += usize::try_from(len).expect("at most a chunk");
-            start += len;
-            if self.len == CHUNK {
-                self.flush()?;
-            }
+    /// The part of the mapping in `start..end`, which lies inside it.
+    pub(crate) fn clip(&self, start: u64, end: u64) -> Self {
+        let skipped = start - self.start;
+        let mut part = Self { start, end, ..self.clone() };
+        match &mut part.backing {
+            Backing::Anonymous => {}
+            Backing::File { offset, .. } | Backing::Object { offset, .. } => *offset += skipped,
         }
-        Ok(())
+        part
     }
 
-    fn flush(&mut self) -> io::Result<()> {
-        if self.len == 0 {
-            return Ok(());
-        }
-        self.read()?;
-        let mut runs: Vec<(u64, u64)> = Vec::new();
-        let mut parts = Vec::new();
-        let mut at = 0;
-        for &(start, len, skip_zeros) in &self.wanted {
-            let len = usize::try_from(len).expect("at most a chunk");
-            let mut addr = start;
-            for page in self.buf[at..at + len].chunks(PAGE_LEN) {
-                if !(skip_zeros && is_zero(page)) {
-                    parts.push(IoSlice::new(page));
-                    self.sent.pages += 1;
-                    match runs.last_mut() {
-                        Some(run) if run.0 + run.1 == addr => run.1 += PAGE,
-                        _ => runs.push((addr, PAGE)),
-                    }
+    /// Whether both, which cover the same addresses, show the same memory.
+    fn shows_the_same(&self, other: &Self) -> bool {
+        self.shared == other.shared
+            && self.may_write == other.may_write
+            && self.grows_down == other.grows_down
+            && self.no_reserve == other.no_reserve
+            && self.advice == other.advice
+            && self.backing == other.backing
+    }
+}
+
+/// One difference between two layouts of a process.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Change {
+    /// Nothing is mapped there any more.
+    Unmap(u64, u64),
+    /// This is mapped there now, with nothing of what was there before.
+    Map(Mapping),
+    /// The same memory has another protection.
+    Protect(u64, u64, i32),
+}
+
+/// What turns `old` into `new`, in order of addresses. Both ends compute it, so
+/// that both know which pages have to travel again.
+pub(crate) fn changes(old: &[Mapping], new: &[Mapping]) -> Vec<Change> {
+    let mut edges: Vec<u64> =
+        old.iter().chain(new).flat_map(|mapping| [mapping.start, mapping.end]).collect();
+    edges.sort_unstable();
+    edges.dedup();
+    let mut changes = Vec::new();
+    let (mut old, mut new) = (old.iter().peekable(), new.iter().peekable());
+    for (&start, &end) in edges.iter().zip(edges.iter().skip(1)) {
+        let before = covering(&mut old, start).map(|m| m.clip(start, end));
+        let after = covering(&mut new, start).map(|m| m.clip(start, end));
+        match (before, after) {
+            (None, None) => {}
+            (Some(_), None) => changes.push(Change::Unmap(start, end)),
+            (Some(before), Some(after)) if before.shows_the_same(&after) => {
+                if before.prot != after.prot {
+                    changes.push(Change::Protect(start, end, after.prot));
                 }
-                addr += PAGE;
             }
-            at += len;
-        }
-        if !runs.is_empty() {
-            let head = encode_runs(u64::from(self.pid.cast_unsigned()), &runs);
-            parts.insert(0, IoSlice::new(&head));
-            self.sink.put(Kind::Pages as u16, &parts)?;
-            self.sent.bytes += parts.iter().map(|p| p.len() as u64).sum::<u64>();
-        }
-        self.wanted.clear();
-        self.len = 0;
-        Ok(())
-    }
-
-    /// Fills the buffer; what the process itself may not read is read by force.
-    fn read(&mut self) -> io::Result<()> {
-        let ranges: Vec<(u64, u64)> = self.wanted.iter().map(|w| (w.0, w.1)).collect();
-        let buf = &mut self.buf[..self.len];
-        if memory::read(self.host, buf, &ranges).is_ok_and(|n| n == self.len) {
-            return Ok(());
-        }
-        let mut at = 0;
-        for (start, len) in ranges {
-            let len = usize::try_from(len).expect("at most a chunk");
-            self.forced.read(&mut buf[at..at + len], start)?;
-            at += len;
-        }
-        Ok(())
-    }
-}
-
-fn is_zero(page: &[u8]) -> bool {
-    page.chunks(64).all(|line| line == &[0; 64][..line.len()])
-}
-
-/// Encodes the head of a record of pages: its owner, then the runs
-/// `(address, length)` whose bytes follow.
-pub(crate) fn encode_runs(owner: u64, runs: &[(u64, u64)]) -> Vec<u8> {
-    let words = [owner, runs.len() as u64].into_iter().chain(runs.iter().flat_map(|r| [r.0, r.1]));
-    words.flat_map(u64::to_le_bytes).collect()
-}
-
-/// A record of pages.
-#[derive(Debug, PartialEq, Eq)]
-pub(crate) struct Runs<'b> {
-    /// A process by its pid, or a memory object.
-    pub(crate) owner: u64,
-    /// Where the bytes belong: `(address or offset, length)`, one behind the other.
-    pub(crate) runs: Vec<(u64, u64)>,
-    pub(crate) data: &'b [u8],
-}
-
-/// Decodes a record of pages; `None` when its lengths do not add up.
-pub(crate) fn decode_runs(body: &[u8]) -> Option<Runs<'_>> {
-    let word = |body: &mut &[u8]| {
-        let (first, rest) = body.split_first_chunk::<8>()?;
-        *body = rest;
-        Some(u64::from_le_bytes(*first))
-    };
-    let mut rest = body;
-    let owner = word(&mut rest)?;
-    let n = word(&mut rest)?;
-    if (rest.len() as u64) / 16 < n {
-        return None;
-    }
-    let mut runs = Vec::with_capacity(usize::try_from(n).ok()?);
-    let mut total = 0_u64;
-    for _ in 0..n {
-        let run = (word(&mut rest)?, word(&mut rest)?);
-        total = total.checked_add(run.1)?;
-        runs.push(run);
-    }
-    (total == rest.len() as u64).then_some(Runs { owner, runs, data: rest })
-}
-
-/// Fills pages of a process that stands in the skeleton's place.
-pub(crate) fn restore_pages(
-    host: Pid,
-    forced: &ForcedMemory,
-    runs: &[(u64, u64)],
-    data: &[u8],
-) -> io::Result<()> {
-    let mut data = data;
-    for runs in runs.chunks(memory::MAX_RANGES) {
-        let len = runs.iter().map(|r| r.1).sum::<u64>();
-        let (part, rest) = data.split_at(usize::try_from(len).expect("fits the record"));
-        data = rest;
-        if memory::write(host, part, runs).is_ok_and(|n| n == part.len()) {
-            continue;
-        }
-        let mut at = 0;
-        for &(start, len) in runs {
-            let len = usize::try_from(len).expect("fits the record");
-            forced.write(&part[at..at + len], start)?;
-            at += len;
+            (before, Some(after)) => {
+                if before.is_some() {
+                    changes.push(Change::Unmap(start, end));
+                }
+                changes.push(Change::Map(after));
+            }
         }
     }
-    Ok(())
+    changes
+}
+
+/// The mapping at `addr`; addresses asked for only ever grow.
+fn covering<'m>(
+    mappings: &mut std::iter::Peekable<std::slice::Iter<'m, Mapping>>,
+    addr: u64,
+) -> Option<&'m Mapping> {
+    while mappings.next_if(|m| m.end <= addr).is_some() {}
+    mappings.peek().copied().filter(|m| m.start <= addr)
+}
+
+impl Change {
+    /// Adds the calls that make the change.
+    pub(crate) fn restore(&self, objects: &BTreeMap<ObjectId, u64>, batch: &mut Batch) {
+        match self {
+            Self::Unmap(start, end) => {
+                batch.call(libc::SYS_munmap, args![*start, end - start]);
+            }
+            Self::Map(mapping) => mapping.restore(objects, batch),
+            Self::Protect(start, end, prot) => {
+                batch.call(libc::SYS_mprotect, args![*start, end - start, *prot]);
+            }
+        }
+    }
 }
 
 #[cfg(test)]
 mod tests {
-    use proptest::prelude::*;
-
     use super::*;
 
-    proptest! {
-        #[test]
-        fn runs_decode_to_what_was_encoded(
-            owner: u64,
-            runs in proptest::collection::vec((any::<u64>(), 0_u64..64), 0..20),
-        ) {
-            let mut body = encode_runs(owner, &runs);
-            let data = vec![7; usize::try_from(runs.iter().map(|r| r.1).sum::<u64>()).unwrap()];
-            body.extend_from_slice(&data);
-            prop_assert_eq!(decode_runs(&body), Some(Runs { owner, runs, data: &data }));
-            body.push(0);
-            prop_assert_eq!(decode_runs(&body), None);
+    fn anonymous(start: u64, end: u64, prot: i32) -> Mapping {
+        Mapping {
+            start,
+            end,
+            prot,
+            shared: false,
+            may_write: true,
+            accounted: false,
+            grows_down: false,
+            no_reserve: false,
+            lock: Lock::No,
+            advice: Vec::new(),
+            backing: Backing::Anonymous,
         }
+    }
 
-        #[test]
-        fn any_bytes_are_judged(body: Vec<u8>) {
-            let _ = decode_runs(&body);
-        }
+    fn file(start: u64, end: u64, offset: u64) -> Mapping {
+        let backing = Backing::File { path: b"/a".to_vec(), size: 9, offset };
+        Mapping { backing, ..anonymous(start, end, 1) }
+    }
+
+    #[test]
+    fn a_grown_heap_adds_only_what_is_new() {
+        let (old, new) = ([anonymous(0x1000, 0x3000, 3)], [anonymous(0x1000, 0x6000, 3)]);
+        assert_eq!(changes(&old, &new), [Change::Map(anonymous(0x3000, 0x6000, 3))]);
+        assert_eq!(changes(&new, &old), [Change::Unmap(0x3000, 0x6000)]);
+        assert_eq!(changes(&new, &new), []);
+    }
+
+    #[test]
+    fn a_hole_and_a_protected_page_in_the_middle() {
+        let old = [anonymous(0x1000, 0x5000, 3)];
+        let new = [anonymous(0x1000, 0x2000, 3), anonymous(0x3000, 0x4000, 1)];
+        let expected = [
+            Change::Unmap(0x2000, 0x3000),
+            Change::Protect(0x3000, 0x4000, 1),
+            Change::Unmap(0x4000, 0x5000),
+        ];
+        assert_eq!(changes(&old, &new), expected);
+    }
+
+    #[test]
+    fn a_file_mapped_at_another_offset_is_new() {
+        let (old, new) = ([file(0x1000, 0x3000, 0)], [file(0x2000, 0x3000, 0x1000)]);
+        assert_eq!(changes(&old, &new), [Change::Unmap(0x1000, 0x2000)]);
+        let moved = [file(0x2000, 0x3000, 0x5000)];
+        let expected = [
+            Change::Unmap(0x1000, 0x2000),
+            Change::Unmap(0x2000, 0x3000),
+            Change::Map(moved[0].clone()),
+        ];
+        assert_eq!(changes(&old, &moved), expected);
     }
 }

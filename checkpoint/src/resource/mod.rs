@@ -11,6 +11,7 @@ pub(crate) mod fs;
 pub(crate) mod limits;
 pub(crate) mod memory;
 pub(crate) mod mm;
+pub(crate) mod pages;
 pub(crate) mod shared;
 pub(crate) mod signals;
 pub(crate) mod threads;

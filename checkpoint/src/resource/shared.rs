@@ -21,7 +21,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{
     files::ghost::Deleted,
-    memory::{Sent, encode_runs},
+    pages::{Sent, encode_runs},
 };
 use crate::{
     image::{ImageSink, Kind},
@@ -146,6 +146,17 @@ impl Objects {
         Ok(Some(*inode))
     }
 
+    pub(crate) fn len(&self) -> usize {
+        self.found.len()
+    }
+
+    /// Sends every object without its content.
+    pub(crate) fn announce(&self, sink: &mut dyn ImageSink) -> io::Result<()> {
+        self.found
+            .values()
+            .try_for_each(|(object, _)| crate::image::put(sink, Kind::Object, object).map(drop))
+    }
+
     /// Sends every object and its content.
     pub(crate) fn dump(&self, sink: &mut dyn ImageSink) -> io::Result<Sent> {
         let mut sent = Sent::default();
@@ -198,6 +209,16 @@ impl Created {
     /// Creates an empty object of the right size; `root` is the container's
     /// root directory.
     pub(crate) fn create(&mut self, object: Object, root: BorrowedFd<'_>) -> io::Result<()> {
+        if let Some((known, file)) = self.files.get_mut(&object.id)
+            && known.kind == object.kind
+        {
+            // Announced before, it may have grown or shrunk since.
+            if known.size != object.size {
+                file.set_len(object.size)?;
+            }
+            *known = object;
+            return Ok(());
+        }
         let file = match &object.kind {
             ObjectKind::Anonymous => File::from(sys::memory::shared_anonymous(object.size)?),
             ObjectKind::Memfd { name, .. } => {

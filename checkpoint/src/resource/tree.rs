@@ -13,6 +13,8 @@ use serde::{Deserialize, Serialize};
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Node {
     pub(crate) pid: i32,
+    /// Differs between two programs that had the pid one after the other.
+    pub(crate) generation: u64,
     /// 0 for the root, and for one that entered the pid namespace by `exec`.
     pub(crate) ppid: i32,
     /// 0 when it belongs to a process outside.
@@ -47,12 +49,40 @@ pub(crate) enum Step {
     Die { pid: i32, status: i32 },
 }
 
-/// The steps that make the tree out of its root, which exists.
+/// The processes of `old` that can stay what they are in `new`, root included.
+pub(crate) fn kept(old: &[Node], new: &[Node]) -> BTreeSet<i32> {
+    let old: BTreeMap<i32, &Node> = old.iter().map(|n| (n.pid, n)).collect();
+    let mut kept = BTreeSet::new();
+    // Parents come before their children.
+    for (i, node) in new.iter().enumerate() {
+        let same = old.get(&node.pid).is_some_and(|o| {
+            o.generation == node.generation
+                && o.ppid == node.ppid
+                && o.sid == node.sid
+                && o.exit_signal == node.exit_signal
+        });
+        if i == 0 || same && (node.ppid == 0 || kept.contains(&node.ppid)) {
+            kept.insert(node.pid);
+        }
+    }
+    kept
+}
+
+/// The steps that make the tree out of its root, which exists and is in session
+/// `root_sid`, and those below it that were `kept` from an earlier shape.
 ///
 /// An error names what the kernel gives no way to create.
-pub(crate) fn plan(nodes: &[Node], root_sid: i32) -> Result<Vec<Step>, String> {
+pub(crate) fn plan(
+    nodes: &[Node],
+    root_sid: i32,
+    kept: &BTreeSet<i32>,
+) -> Result<Vec<Step>, String> {
     let mut plan = Planner::new(nodes, root_sid)?;
     let root = plan.root;
+    for node in nodes.iter().filter(|n| n.pid != root && kept.contains(&n.pid)) {
+        plan.session.insert(node.pid, node.sid);
+        plan.born.insert(node.pid);
+    }
     plan.subreapers();
     plan.descend(root)?;
     plan.groups()?;
@@ -72,6 +102,8 @@ struct Planner<'n> {
     /// Session of each process so far.
     session: BTreeMap<i32, i32>,
     born: BTreeSet<i32>,
+    /// Processes whose children were seen to.
+    visited: BTreeSet<i32>,
     steps: Vec<Step>,
 }
 
@@ -94,6 +126,7 @@ impl<'n> Planner<'n> {
             children,
             session: BTreeMap::from([(root, root_sid)]),
             born: BTreeSet::from([root]),
+            visited: BTreeSet::new(),
             steps: Vec::new(),
         })
     }
@@ -108,17 +141,23 @@ impl<'n> Planner<'n> {
     /// session first.
     fn descend(&mut self, pid: i32) -> Result<(), String> {
         let node = self.nodes[&pid];
+        self.visited.insert(pid);
         let inherited = self.session[&pid];
         let children = self.children.get(&pid).cloned().unwrap_or_default();
         if node.sid == pid && inherited != pid {
             for child in children.iter().filter(|c| c.sid == inherited && c.sid != c.pid) {
-                self.fork(pid, child)?;
+                if !self.born.contains(&child.pid) {
+                    self.fork(pid, child)?;
+                }
             }
             self.steps.push(Step::NewSession { pid });
             self.session.insert(pid, pid);
         }
         for child in children {
             if self.born.contains(&child.pid) {
+                if !self.visited.contains(&child.pid) {
+                    self.descend(child.pid)?;
+                }
                 continue;
             }
             if child.sid == child.pid || child.sid == self.session[&pid] {
@@ -256,14 +295,24 @@ mod tests {
 
     fn node(pid: i32, ppid: i32, pgid: i32, sid: i32) -> Node {
         let exit_signal = libc::SIGCHLD;
-        Node { pid, ppid, pgid, sid, exit_signal, subreaper: false, stopped: None, zombie: None }
+        Node {
+            pid,
+            generation: 0,
+            ppid,
+            pgid,
+            sid,
+            exit_signal,
+            subreaper: false,
+            stopped: None,
+            zombie: None,
+        }
     }
 
     /// Executes a plan on paper and returns `(pid, ppid, pgid, sid)` of all.
     fn execute(nodes: &[Node], root_sid: i32) -> Vec<(i32, i32, i32, i32)> {
         let root = nodes[0].pid;
         let mut all = BTreeMap::from([(root, (nodes[0].ppid, root_sid, root_sid))]);
-        for step in plan(nodes, root_sid).unwrap() {
+        for step in plan(nodes, root_sid, &BTreeSet::new()).unwrap() {
             match step {
                 Step::Fork { parent, pid, .. } => {
                     let (_, pgid, sid) = all[&parent];
@@ -318,7 +367,29 @@ mod tests {
 
     #[test]
     fn a_stranger_session_is_named() {
-        let err = plan(&[node(1, 0, 1, 1), node(2, 1, 2, 2), node(3, 2, 9, 9)], 1).unwrap_err();
+        let err =
+            plan(&[node(1, 0, 1, 1), node(2, 1, 2, 2), node(3, 2, 9, 9)], 1, &BTreeSet::new())
+                .unwrap_err();
         assert!(err.contains("pid 3") && err.contains("session 9"), "{err}");
+    }
+
+    #[test]
+    fn what_is_kept_is_not_made_again() {
+        let old = [node(1, 0, 1, 1), node(2, 1, 1, 1), node(3, 2, 1, 1), node(4, 1, 1, 1)];
+        let mut new = vec![node(1, 0, 1, 1), node(2, 1, 1, 1), node(3, 2, 1, 1), node(5, 2, 1, 1)];
+        assert_eq!(kept(&old, &new), BTreeSet::from([1, 2, 3]));
+        let born = |new: &[Node]| {
+            let steps = plan(new, 1, &kept(&old, new)).unwrap();
+            let forks = steps.into_iter().filter_map(|step| match step {
+                Step::Fork { parent, pid, .. } => Some((parent, pid)),
+                _ => None,
+            });
+            forks.collect::<Vec<_>>()
+        };
+        assert_eq!(born(&new), [(2, 5)]);
+        // Another program under the same pid: it and its children are new.
+        new[1].generation = 7;
+        assert_eq!(kept(&old, &new), BTreeSet::from([1]));
+        assert_eq!(born(&new), [(1, 2), (2, 3), (2, 5)]);
     }
 }

@@ -19,7 +19,8 @@ use crate::{
     image::{self, Head, Kind, Process},
     resource::{
         files::{self, Opened, Target},
-        memory::{self, Backing, Layout, Runs},
+        memory::{Backing, Layout},
+        pages::{self, Runs},
         shared::{Created, Object, ObjectId},
         tree::{self, Step},
     },
@@ -39,7 +40,6 @@ pub(super) struct Builder {
     head: Option<Head>,
     objects: Created,
     files: Option<Opened>,
-    layouts: BTreeMap<i32, Layout>,
     processes: BTreeMap<i32, Process>,
     /// Files known to be here as the image wants them.
     checked: BTreeSet<(Vec<u8>, u64)>,
@@ -83,7 +83,6 @@ impl Builder {
             stdio,
             head: None,
             objects: Created::default(),
-            layouts: BTreeMap::new(),
             processes: BTreeMap::new(),
             checked: BTreeSet::new(),
         })
@@ -109,7 +108,7 @@ impl Builder {
             (Some(_), Kind::Pages) => {
                 let Runs { owner, runs, data } = runs(body)?;
                 let task = self.task(i32::try_from(owner).unwrap_or(0))?;
-                memory::restore_pages(task.host(), &task.forced, &runs, data)
+                pages::restore(task.host(), &task.forced, &runs, data)
                     .map_err(|err| task.failed("fill memory", err))?;
                 return Ok(data.len() as u64 / 4096);
             }
@@ -130,7 +129,12 @@ impl Builder {
                 let objects = &self.objects;
                 self.files = Some(files::open(&image, &Target { root, netns, stdio, objects })?);
             }
-            (Some(_), Kind::Head | Kind::End) => {
+            (Some(_), Kind::Drop) => {
+                let image::Drop { pid, ranges } = decode(body)?;
+                self.task(pid)?.drop_pages(&ranges)?;
+            }
+            (Some(_), Kind::Head) => self.reshape(decode(body)?)?,
+            (Some(_), Kind::End) => {
                 return Err(RestoreError::Image("a record out of place".into()));
             }
         }
@@ -168,10 +172,42 @@ impl Builder {
         if head.nodes.first().map(|n| n.pid) != Some(self.root) {
             return missing("pid", format!("the tree's root is not pid {}", self.root));
         }
-        let steps = tree::plan(&head.nodes, root_sid).map_err(RestoreError::Image)?;
+        let none = BTreeSet::new();
+        let steps = tree::plan(&head.nodes, root_sid, &none).map_err(RestoreError::Image)?;
         let mut batch = Batch::new();
         close_all(&mut batch);
         self.task(self.root)?.run("close the skeleton's files", &batch)?;
+        for step in &steps {
+            self.step(step)?;
+        }
+        self.head = Some(head);
+        Ok(())
+    }
+
+    /// Gives the tree the shape it has by now: what has ended goes, what is new
+    /// comes, the others keep what they hold.
+    fn reshape(&mut self, head: Head) -> Result<(), RestoreError> {
+        let old = self.head.take().map(|head| head.nodes).unwrap_or_default();
+        let kept = tree::kept(&old, &head.nodes);
+        if old.first().map(|n| n.generation) != head.nodes.first().map(|n| n.generation) {
+            return Err(RestoreError::Image("its root became another program meanwhile".into()));
+        }
+        let gone: Vec<&tree::Node> = old.iter().filter(|n| !kept.contains(&n.pid)).collect();
+        for node in &gone {
+            self.task(node.pid)?.kill();
+        }
+        for node in gone.iter().rev() {
+            self.remove(node.pid)?.wait_gone();
+        }
+        for node in gone {
+            // Orphans of one that is gone too are the root's.
+            let reaper = if kept.contains(&node.ppid) { node.ppid } else { self.root };
+            let mut batch = Batch::new();
+            batch.try_call(libc::SYS_wait4, args![node.pid, 0_u64, 0_u64, 0_u64]);
+            self.task(reaper)?.run("reap a process", &batch)?;
+        }
+        let steps =
+            tree::plan(&head.nodes, head.nodes[0].sid, &kept).map_err(RestoreError::Image)?;
         for step in &steps {
             self.step(step)?;
         }
@@ -248,9 +284,7 @@ impl Builder {
             .collect::<Result<_, RestoreError>>()?;
         let pid = layout.pid;
         let unknown = || RestoreError::Image(format!("pid {pid} is not in its tree"));
-        self.tasks.0.get_mut(&pid).ok_or_else(unknown)?.map(&layout, &objects)?;
-        self.layouts.insert(pid, layout);
-        Ok(())
+        self.tasks.0.get_mut(&pid).ok_or_else(unknown)?.map(layout, &objects)
     }
 
     /// Completes every process.
@@ -265,8 +299,10 @@ impl Builder {
         let incomplete = |pid: &i32| RestoreError::Image(format!("pid {pid} is incomplete"));
         for (pid, task) in &mut self.tasks.0 {
             let process = self.processes.get(pid).ok_or_else(|| incomplete(pid))?;
-            let layout = self.layouts.get(pid).ok_or_else(|| incomplete(pid))?;
-            task.become_process(process, layout, &files)?;
+            if task.layout.is_none() {
+                return Err(incomplete(pid));
+            }
+            task.become_process(process, &files)?;
         }
         self.objects.seal().map_err(RestoreError::Source)?;
         Ok(Built { tasks: self.tasks, processes: self.processes, files })
@@ -299,7 +335,7 @@ fn check_file(
 }
 
 fn runs(body: &[u8]) -> Result<Runs<'_>, RestoreError> {
-    memory::decode_runs(body).ok_or_else(|| RestoreError::Image("pages without a head".into()))
+    pages::decode_runs(body).ok_or_else(|| RestoreError::Image("pages without a head".into()))
 }
 
 fn decode<T: DeserializeOwned>(body: &[u8]) -> Result<T, RestoreError> {

@@ -11,7 +11,7 @@ use nix::unistd::Pid;
 use crate::{
     RestoreError,
     image::Process,
-    proc,
+    proc::{self, Vma},
     resource::{
         creds,
         files::{
@@ -19,15 +19,15 @@ use crate::{
             locks::{self, PosixLock},
         },
         fs,
-        memory::{KernelPages, Layout},
+        memory::{self, KernelPages, Layout},
         mm,
         shared::ObjectId,
         signals, threads, timers,
     },
     skeleton,
-    stub::{Batch, Remote, TRAMPOLINE, Tracee, args, code, find_hole, find_slack},
+    stub::{Batch, Place, Remote, TRAMPOLINE, Tracee, args, code, find_hole, find_slack},
     sys::{
-        memory::ForcedMemory,
+        memory::{ForcedMemory, PAGE},
         ptrace::{self, Seize},
     },
     transfer::{self, Gift},
@@ -43,6 +43,8 @@ pub(super) struct Task {
     pub(super) tracee: Tracee,
     pub(super) remote: Remote,
     pub(super) forced: ForcedMemory,
+    /// What is mapped, once the skeleton has been left.
+    pub(super) layout: Option<Layout>,
     /// Threads other than the leader.
     threads: Vec<Tracee>,
     /// Capabilities it starts with.
@@ -53,17 +55,18 @@ impl Task {
     /// Seizes the process that runs the skeleton.
     pub(super) fn seize(host: Pid) -> io::Result<Self> {
         Tracee::request_stop(host, Seize::Destination)?;
-        Self::born(host)
+        Self::born(host, skeleton::PLACE)
     }
 
-    /// Takes over a process that was born seized.
-    pub(super) fn born(host: Pid) -> io::Result<Self> {
+    /// Takes over a process that was born seized, its stub at `place`.
+    fn born(host: Pid, place: Place) -> io::Result<Self> {
         let tracee = Tracee::settle(host)?.ok_or(io::ErrorKind::NotFound)?;
         let status = proc::Status::of(host)?;
         let pid = status.tgid();
         Ok(Self {
             pid,
-            remote: Remote::at(skeleton::PLACE, (pid, pid)),
+            remote: Remote::at(place, (pid, pid)),
+            layout: None,
             forced: ForcedMemory::open(host)?,
             tracee,
             threads: Vec::new(),
@@ -109,7 +112,7 @@ impl Task {
     /// Forks a child with a chosen pid; it is born seized and stopped.
     pub(super) fn fork(&self, pid: i32, exit_signal: i32) -> io::Result<Self> {
         let host = self.clone(0, pid, exit_signal)?;
-        Self::born(host)
+        Self::born(host, self.remote.place())
     }
 
     fn clone(&self, flags: u64, tid: i32, exit_signal: i32) -> io::Result<Pid> {
@@ -164,10 +167,10 @@ impl Task {
         }
     }
 
-    /// Gives the process the mappings of `layout`, empty.
+    /// Gives the process the mappings of `layout`, those that are new empty.
     pub(super) fn map(
         &mut self,
-        layout: &Layout,
+        layout: Layout,
         objects: &[(ObjectId, BorrowedFd<'_>)],
     ) -> Result<(), RestoreError> {
         let wanted = layout
@@ -178,24 +181,41 @@ impl Task {
             let reason = format!("it maps memory below {:#x}", skeleton::END);
             return Err(RestoreError::Missing { object: format!("pid {}", self.pid), reason });
         }
-        self.move_kernel_pages(wanted).map_err(|err| self.failed("move the vDSO", err))?;
-        self.leave_skeleton(wanted)?;
+        if self.layout.is_none() {
+            self.move_kernel_pages(wanted).map_err(|err| self.failed("move the vDSO", err))?;
+            self.leave_skeleton(wanted)?;
+        }
         let gifts = transfer::consecutive(objects.iter().map(|(_, fd)| *fd));
         if !gifts.is_empty() {
             transfer::give(&self.remote, &self.tracee, &gifts)
                 .map_err(|err| self.failed("hand over memory objects", err))?;
         }
         let numbers: BTreeMap<ObjectId, u64> = objects.iter().map(|(id, _)| *id).zip(0..).collect();
+        let old = self.layout.as_ref().map_or(&[][..], |old| &old.mappings);
         let mut batch = Batch::new();
-        for mapping in &layout.mappings {
-            mapping.restore(&numbers, &mut batch);
+        for change in memory::changes(old, &layout.mappings) {
+            change.restore(&numbers, &mut batch);
             if batch.size() > Remote::capacity() / 2 {
                 self.run("map memory", &batch)?;
                 batch = Batch::new();
             }
         }
         close_all(&mut batch);
-        self.run("map memory", &batch)
+        self.run("map memory", &batch)?;
+        self.layout = Some(layout);
+        Ok(())
+    }
+
+    /// Lets go of pages, which are then as if never written.
+    pub(super) fn drop_pages(&self, ranges: &[(u64, u64)]) -> Result<(), RestoreError> {
+        for ranges in ranges.chunks(1024) {
+            let mut batch = Batch::new();
+            for &(start, end) in ranges {
+                batch.call(libc::SYS_madvise, args![start, end - start, libc::MADV_DONTNEED]);
+            }
+            self.run("drop pages", &batch)?;
+        }
+        Ok(())
     }
 
     /// Moves `[vvar]`, `[vvar_vclock]` and `[vdso]` to where the program knows
@@ -208,6 +228,9 @@ impl Task {
         }
         let len = wanted.end() - wanted.start;
         if here.start != wanted.start {
+            if self.remote.code() != skeleton::PLACE.code {
+                self.run_elsewhere(&vmas)?;
+            }
             let mut from = here.start;
             let overlap = wanted.start < here.end() && here.start < wanted.end();
             if overlap {
@@ -224,6 +247,20 @@ impl Task {
         let at = slack + TRAMPOLINE;
         ptrace::poke(self.host(), at, code())?;
         self.remote.move_code(at);
+        Ok(())
+    }
+
+    /// Runs the stub from a page of its own: the process was born of one whose
+    /// stub had moved into the vDSO already, and that is to move again.
+    fn run_elsewhere(&mut self, vmas: &[Vma]) -> io::Result<()> {
+        let page = find_hole(vmas, PAGE).ok_or_else(|| io::Error::other("no room for the stub"))?;
+        let mut batch = Batch::new();
+        let prot = libc::PROT_READ | libc::PROT_EXEC;
+        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED_NOREPLACE;
+        batch.call(libc::SYS_mmap, args![page, PAGE, prot, flags, -1, 0_u64]);
+        self.remote.run(&self.tracee, &batch)?;
+        ptrace::poke(self.host(), page, code())?;
+        self.remote.move_code(page);
         Ok(())
     }
 
@@ -255,11 +292,10 @@ impl Task {
     pub(super) fn become_process(
         &mut self,
         image: &Process,
-        layout: &Layout,
         files: &Opened,
     ) -> Result<(), RestoreError> {
         let mut batch = Batch::new();
-        for mapping in &layout.mappings {
+        for mapping in self.layout.iter().flat_map(|layout| &layout.mappings) {
             mapping.lock(&mut batch);
         }
         mm::restore(&image.mm, &mut batch);
@@ -347,13 +383,13 @@ impl Task {
         thread.queue.restore(self.pid, Some(thread.tid), batch);
     }
 
-    /// Arms the timers: the stub's last batch.
     /// Takes the locks that belong to the process.
     pub(super) fn lock(&self, locks: &[PosixLock]) -> Result<(), RestoreError> {
         locks::take_posix(locks, &self.remote, &self.tracee)
             .map_err(|err| self.failed("lock files", err))
     }
 
+    /// Arms the timers: the stub's last batch.
     pub(super) fn arm(&self, image: &Process) -> Result<(), RestoreError> {
         let mut batch = Batch::new();
         timers::arm(&image.timers, &mut batch);

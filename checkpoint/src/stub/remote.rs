@@ -13,7 +13,7 @@ use nix::unistd::Pid;
 
 use super::{Batch, Buf, Call, Tracee, code, frame, healed_offset, told_offset};
 use crate::{
-    proc::{Vma, VmaKind},
+    proc::{Status, Vma, VmaKind},
     sys::{
         memory::{self, PAGE, PAGE_LEN},
         ptrace::{self, Stop},
@@ -177,6 +177,15 @@ impl Remote {
     /// Tells with another signal than before: `number` is queued in the target.
     pub(crate) fn tell_with(&mut self, number: i32) {
         self.signal = Told { number, borrowed: false };
+    }
+
+    pub(crate) fn place(&self) -> Place {
+        self.place
+    }
+
+    /// Start of the loop.
+    pub(crate) fn code(&self) -> u64 {
+        self.place.code
     }
 
     /// Runs from other executable memory from now on.
@@ -386,14 +395,24 @@ fn sigaction_ignore() -> [u8; 32] {
 /// signal `n`).
 #[derive(Debug, Clone, Copy, Default)]
 pub(crate) struct SignalUse {
-    pub(crate) caught: u64,
-    pub(crate) ignored: u64,
+    caught: u64,
+    ignored: u64,
     /// Blocked by any thread: it may be waited for with sigwait or signalfd.
-    pub(crate) blocked: u64,
-    pub(crate) pending: u64,
+    blocked: u64,
+    pending: u64,
 }
 
 impl SignalUse {
+    /// What `threads`, all of one process, do with signals.
+    pub(crate) fn of(threads: &[Status]) -> Self {
+        threads.iter().fold(Self::default(), |all, s| Self {
+            caught: all.caught | s.caught,
+            ignored: all.ignored | s.ignored,
+            blocked: all.blocked | s.blocked,
+            pending: all.pending | s.pending | s.shared_pending,
+        })
+    }
+
     /// A signal that the process ignores; if there is none, one to borrow.
     fn choose(&self) -> Told {
         let busy = |n: i32| (self.caught | self.blocked | self.pending) & bit(n) != 0;

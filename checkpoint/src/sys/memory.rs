@@ -93,6 +93,8 @@ impl ForcedMemory {
 
 /// Categories of a page in a scan.
 pub(crate) mod category {
+    /// Written since it was last protected by [`super::scan_and_protect`].
+    pub(crate) const WRITTEN: u64 = 1 << 1;
     /// Backed by a file and not (yet) a private copy; shared memory too.
     pub(crate) const FILE: u64 = 1 << 2;
     /// In memory.
@@ -144,6 +146,28 @@ const PAGEMAP_SCAN: libc::c_ulong = 0xc060_6610;
 /// Ranges `(start, end)` of `pid`'s pages in `from..to` that match `filter`, in
 /// order, neighbours joined.
 pub(crate) fn scan(pid: Pid, from: u64, to: u64, filter: Filter) -> io::Result<Vec<(u64, u64)>> {
+    walk(pid, (from, to), filter, 0)
+}
+
+/// The same, and lets the next write to each of these pages be noticed. The
+/// range is registered with a userfaultfd for that; if not, that is an error.
+pub(crate) fn scan_and_protect(
+    pid: Pid,
+    from: u64,
+    to: u64,
+    filter: Filter,
+) -> io::Result<Vec<(u64, u64)>> {
+    const PM_SCAN_WP_MATCHING: u64 = 1;
+    const PM_SCAN_CHECK_WPASYNC: u64 = 2;
+    walk(pid, (from, to), filter, PM_SCAN_WP_MATCHING | PM_SCAN_CHECK_WPASYNC)
+}
+
+fn walk(
+    pid: Pid,
+    (from, to): (u64, u64),
+    filter: Filter,
+    flags: u64,
+) -> io::Result<Vec<(u64, u64)>> {
     const REGIONS: usize = 4096;
     let pagemap = File::open(format!("/proc/{pid}/pagemap"))?;
     let mut buf = vec![PageRegion::default(); REGIONS];
@@ -152,7 +176,7 @@ pub(crate) fn scan(pid: Pid, from: u64, to: u64, filter: Filter) -> io::Result<V
     loop {
         let mut arg = ScanArg {
             size: size_of::<ScanArg>() as u64,
-            flags: 0,
+            flags,
             start,
             end: to,
             walk_end: 0,

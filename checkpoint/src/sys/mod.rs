@@ -12,3 +12,4 @@ pub(crate) mod sockopt;
 pub(crate) mod task;
 pub(crate) mod timerfd;
 pub(crate) mod unix;
+pub(crate) mod userfaultfd;

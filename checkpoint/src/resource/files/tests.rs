@@ -35,7 +35,7 @@ use crate::{
     DumpError, Finding, Judgement, Options, RestoreError,
     image::{self, ImageSink},
     resource::{
-        memory::{Runs, decode_runs},
+        pages::{Runs, decode_runs},
         shared::{Created, Objects},
     },
 };

@@ -1,0 +1,444 @@
+//! Pre-copy: memory that travels while the tree runs.
+//!
+//! One momentary stop gives each process a userfaultfd with which we then watch
+//! its writes from outside. A round sends what was written since the last one;
+//! what is left is sent by the dump, in the freeze.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fs, io,
+    os::fd::OwnedFd,
+    time::Instant,
+};
+
+use nix::unistd::Pid;
+use rustix::process::{PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open};
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    DumpError, Options,
+    dump::{Frozen, failed, head_of},
+    freeze::{self, Process},
+    image::{self, ImageSink, Kind},
+    inspect::{adopt_session, node, require},
+    intervals::Intervals,
+    proc::{self, Stat, Status, Vma},
+    resource::{
+        memory::{self, Change, Layout},
+        pages::{self, Sent},
+        shared::{self, Objects},
+        tree,
+    },
+    stub::{Batch, Remote, SignalUse, args},
+    sys::userfaultfd::{self, WriteTracker},
+};
+
+/// What one round did.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RoundReport {
+    /// Pages sent.
+    pub pages: u64,
+    /// Bytes put into the sink.
+    pub bytes: u64,
+    /// How long it took, in microseconds.
+    pub elapsed_us: u64,
+    /// For how long the tree stood still to be given what watches it, in
+    /// microseconds; 0 when nothing was new.
+    pub stopped_us: u64,
+}
+
+/// A running tree whose memory is on its way. Dropping it leaves the tree as it
+/// was.
+pub struct Precopy {
+    root: Pid,
+    options: Options,
+    sent: Baseline,
+}
+
+/// What the destination has by now.
+#[derive(Default)]
+pub(crate) struct Baseline {
+    pub(crate) nodes: Vec<tree::Node>,
+    trackers: BTreeMap<i32, Tracker>,
+    objects: Objects,
+}
+
+impl Precopy {
+    /// Refuses what cannot move and prepares the rounds.
+    ///
+    /// `None` where pre-copy is of no use or not safe, with the reason.
+    pub fn start(root: Pid, options: &Options) -> Result<Result<Self, String>, DumpError> {
+        require(root, options)?;
+        if let Some(reason) = obstacle(root) {
+            return Ok(Err(reason));
+        }
+        let sent = Baseline::default();
+        Ok(Ok(Self { root, options: options.clone(), sent }))
+    }
+
+    /// Sends what was written since the last round, everything in the first.
+    pub fn round(&mut self, sink: &mut dyn ImageSink) -> Result<RoundReport, DumpError> {
+        let started = Instant::now();
+        let mut report = RoundReport::default();
+        let mut living = self.look()?;
+        if living.iter().any(|l| !self.sent.has(l.node.pid, l.node.generation)) {
+            report.stopped_us = self.watch()?;
+            living = self.look()?;
+        }
+        let nodes: Vec<tree::Node> = living.iter().map(|l| l.node.clone()).collect();
+        if nodes != self.sent.nodes {
+            let head = head_of(self.root, nodes.clone())?;
+            report.bytes += image::put(sink, Kind::Head, &head).map_err(DumpError::Sink)?;
+            self.sent.keep(&nodes);
+            self.sent.nodes = nodes;
+        }
+        for Living { host, node } in living {
+            // One that ends meanwhile is missed by the next look.
+            let Ok(vmas) = proc::vmas(host) else { continue };
+            let sent = self.sent.round(host, node.pid, vmas, Pass::Running, sink);
+            match sent {
+                Ok(sent) => {
+                    report.pages += sent.pages;
+                    report.bytes += sent.bytes;
+                }
+                Err(DumpError::Process { .. }) if Stat::of(host).is_err() => {}
+                Err(err) => return Err(err),
+            }
+        }
+        report.elapsed_us = u64::try_from(started.elapsed().as_micros()).unwrap_or(u64::MAX);
+        Ok(report)
+    }
+
+    /// Stops the tree; the dump then sends what is left.
+    pub fn freeze(self) -> Result<Frozen, DumpError> {
+        let started = Instant::now();
+        let tree = freeze::freeze(self.root)?;
+        Ok(Frozen::new(tree, self.options, started, self.sent))
+    }
+
+    /// The processes as they are now. Zombies wait for the freeze.
+    fn look(&self) -> Result<Vec<Living>, DumpError> {
+        let hosts =
+            proc::processes_below(self.root).map_err(|_| DumpError::NoProcess(self.root))?;
+        let mut living: Vec<Living> = Vec::with_capacity(hosts.len());
+        for host in hosts {
+            let (Ok(status), Ok(stat)) = (Status::of(host), Stat::of(host)) else { continue };
+            if status.state != 'Z' {
+                living.push(Living { host, node: node(host == self.root, &status, &stat) });
+            }
+        }
+        if living.first().is_none_or(|l| l.host != self.root) {
+            return Err(DumpError::NoProcess(self.root));
+        }
+        if self.options.shell_job {
+            let mut nodes: Vec<tree::Node> = living.iter().map(|l| l.node.clone()).collect();
+            adopt_session(&mut nodes);
+            living.iter_mut().zip(nodes).for_each(|(l, node)| l.node = node);
+        }
+        Ok(living)
+    }
+
+    /// Stops the tree for a moment and gives what is new a userfaultfd. Returns
+    /// for how long it stood still, in microseconds.
+    fn watch(&mut self) -> Result<u64, DumpError> {
+        let started = Instant::now();
+        let mut tree = freeze::freeze(self.root)?;
+        for process in tree.processes.iter_mut().filter(|p| !p.is_zombie()) {
+            let pid = process.pid;
+            let stat = Stat::of(pid).map_err(|_| DumpError::Vanished(pid))?;
+            let (ns_pid, generation) = (process.status.tgid(), stat.generation());
+            if !self.sent.has(ns_pid, generation) {
+                let tracker = Tracker::install(process, generation)
+                    .map_err(failed("watch the memory", pid))?;
+                self.sent.trackers.insert(ns_pid, tracker);
+            }
+        }
+        tree.thaw()?;
+        Ok(u64::try_from(started.elapsed().as_micros()).unwrap_or(u64::MAX))
+    }
+}
+
+/// A process that is no zombie.
+struct Living {
+    host: Pid,
+    node: tree::Node,
+}
+
+/// Why memory cannot be sent ahead.
+fn obstacle(root: Pid) -> Option<String> {
+    for pid in proc::processes_below(root).ok()? {
+        let dir = fs::read_dir(format!("/proc/{pid}/fdinfo")).ok()?;
+        for entry in dir.flatten() {
+            let text = fs::read_to_string(entry.path()).unwrap_or_default();
+            let flags = text.lines().find_map(|l| l.strip_prefix("flags:"));
+            let flags = flags.and_then(|f| i32::from_str_radix(f.trim(), 8).ok()).unwrap_or(0);
+            // The device writes to the page long after the kernel was asked, and
+            // nobody notices that it did.
+            if flags & libc::O_DIRECT != 0 && flags & libc::O_PATH == 0 {
+                let fd = entry.file_name();
+                return Some(format!(
+                    "fd {} of pid {pid} is open for direct I/O",
+                    fd.to_string_lossy()
+                ));
+            }
+        }
+    }
+    None
+}
+
+/// In which state the process is while its memory is read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Pass {
+    /// It runs on: what it writes from now on is for the next round.
+    Running,
+    /// It stands still: what is sent now is the last.
+    Frozen,
+}
+
+impl Baseline {
+    fn has(&self, pid: i32, generation: u64) -> bool {
+        self.trackers.get(&pid).is_some_and(|t| t.generation == generation)
+    }
+
+    /// Forgets what the destination will have thrown away when it has read
+    /// these nodes.
+    pub(crate) fn keep(&mut self, nodes: &[tree::Node]) {
+        let kept = tree::kept(&self.nodes, nodes);
+        for (pid, tracker) in &mut self.trackers {
+            let is_new = self.nodes.iter().all(|n| n.pid != *pid);
+            if !is_new && !kept.contains(pid) {
+                tracker.forget();
+            }
+        }
+    }
+
+    /// The mappings that the last look at a process found.
+    pub(crate) fn known_vmas(&self, pid: i32) -> &[Vma] {
+        self.trackers.get(&pid).map_or(&[], |t| &t.vmas)
+    }
+
+    /// Sends the mappings of a process if they have changed, and the pages that
+    /// the destination does not have.
+    pub(crate) fn round(
+        &mut self,
+        host: Pid,
+        pid: i32,
+        vmas: Vec<Vma>,
+        pass: Pass,
+        sink: &mut dyn ImageSink,
+    ) -> Result<Sent, DumpError> {
+        let objects = &mut self.objects;
+        let before = objects.len();
+        let tracker = self.trackers.get_mut(&pid);
+        let layout = memory::layout(
+            pid,
+            &vmas,
+            tracker.is_some(),
+            |vma| objects.identify(host, vma),
+            |vma| shared::file_size(host, vma),
+        )
+        .map_err(failed("take down the memory map", host))?;
+        if objects.len() != before {
+            // Mappings name them, so they come first; content waits.
+            objects.announce(sink).map_err(DumpError::Sink)?;
+        }
+        match tracker {
+            Some(tracker) => {
+                let sent = tracker.round(host, layout, pass, sink);
+                tracker.vmas = vmas;
+                sent.map_err(failed("send the memory", host))
+            }
+            None => send_all(host, &layout, sink).map_err(failed("send the memory", host)),
+        }
+    }
+}
+
+fn send_all(host: Pid, layout: &Layout, sink: &mut dyn ImageSink) -> io::Result<Sent> {
+    let bytes = image::put(sink, Kind::Layout, layout)?;
+    let sent = pages::dump(host, layout.pid, &layout.mappings, sink)?;
+    Ok(Sent { bytes: sent.bytes + bytes, ..sent })
+}
+
+/// What is known of one process's memory and what was sent of it.
+struct Tracker {
+    generation: u64,
+    uffd: WriteTracker,
+    vmas: Vec<Vma>,
+    layout: Option<Layout>,
+    /// Where writes are watched.
+    watched: Intervals,
+    /// Pages that the destination has.
+    sent: Intervals,
+    /// Pages that could not be read when they were to be sent.
+    owed: Intervals,
+    /// Pages sent in the last round.
+    last: Vec<(u64, u64)>,
+}
+
+impl Tracker {
+    /// Makes the stopped process create a userfaultfd and takes it over.
+    fn install(process: &mut Process, generation: u64) -> io::Result<Self> {
+        let vmas = proc::vmas(process.pid)?;
+        let tgid = process.status.tgid();
+        let statuses =
+            process.threads.iter().map(|t| Status::of(t.tid)).collect::<io::Result<Vec<_>>>()?;
+        let leader = process.threads.first_mut().ok_or(io::ErrorKind::NotFound)?;
+        let remote = Remote::install(leader, (tgid, tgid), &vmas, &SignalUse::of(&statuses))?;
+        // Whatever happens next, thawing takes the stub out again.
+        let remote = process.remote.insert(remote);
+        let mut batch = Batch::new();
+        let call = batch.call(libc::SYS_userfaultfd, args![userfaultfd::FLAGS]);
+        let fd = remote.run(leader, &batch)?.get(call)?;
+        let stolen = steal(process.pid, fd);
+        let mut batch = Batch::new();
+        batch.call(libc::SYS_close, args![fd]);
+        remote.run(leader, &batch)?;
+        Ok(Self {
+            generation,
+            uffd: WriteTracker::new(stolen?)?,
+            vmas,
+            layout: None,
+            watched: Intervals::default(),
+            sent: Intervals::default(),
+            owed: Intervals::default(),
+            last: Vec::new(),
+        })
+    }
+
+    /// The destination has nothing of it any more.
+    fn forget(&mut self) {
+        self.layout = None;
+        self.sent = Intervals::default();
+        self.watched = Intervals::default();
+        self.last.clear();
+    }
+
+    fn round(
+        &mut self,
+        host: Pid,
+        layout: Layout,
+        pass: Pass,
+        sink: &mut dyn ImageSink,
+    ) -> io::Result<Sent> {
+        let mut bytes = 0;
+        let old = self.layout.as_ref().map_or(&[][..], |old| &old.mappings);
+        let changes = memory::changes(old, &layout.mappings);
+        let is_first = self.layout.is_none();
+        if is_first || !changes.is_empty() {
+            bytes += image::put(sink, Kind::Layout, &layout)?;
+        }
+        let mut fresh = Intervals::default();
+        for change in &changes {
+            let range = match change {
+                Change::Protect(..) => continue,
+                Change::Unmap(start, end) => (*start, *end),
+                Change::Map(mapping) => {
+                    fresh.insert((mapping.start, mapping.end));
+                    (mapping.start, mapping.end)
+                }
+            };
+            self.sent.remove(range);
+            self.watched.remove(range);
+        }
+        // In this order: a page that is read before writes to it are noticed
+        // could change in between.
+        let mut pages = std::mem::take(&mut self.owed);
+        for mapping in layout.mappings.iter().filter(|m| !m.shared) {
+            let range = (mapping.start, mapping.end);
+            if mapping.is_writable() && self.watched.within(range) != [range] {
+                self.watched.insert(range);
+            }
+            for range in self.watched.within(range) {
+                match self.take_written(host, range) {
+                    Ok(written) => pages.extend(written),
+                    // Unmapped since we looked: the next round knows better.
+                    Err(err) if pass == Pass::Running => {
+                        tracing::debug!(%err, start = range.0, "mapping changed meanwhile");
+                        self.watched.remove(range);
+                    }
+                    Err(err) => return Err(err),
+                }
+            }
+            for range in fresh.within(range) {
+                if !self.watched.touches(range) {
+                    pages.extend(pages::own(host, &[mapping.clip(range.0, range.1)])?);
+                }
+            }
+        }
+        if pass == Pass::Frozen {
+            // What the kernel wrote on behalf of a call that was under way while
+            // the page was taken.
+            self.last.iter().for_each(|range| pages.insert(*range));
+            bytes += self.drop_gone(host, &layout, &mut pages, sink)?;
+        }
+        let ranges: Vec<(u64, u64)> = layout
+            .mappings
+            .iter()
+            .filter(|m| !m.shared)
+            .flat_map(|m| pages.within((m.start, m.end)))
+            .collect();
+        let sent = &self.sent;
+        let is_fresh = |range| !sent.touches(range);
+        let (done, lost) =
+            pages::send(host, layout.pid, &layout.mappings, &ranges, &is_fresh, sink)?;
+        if pass == Pass::Frozen && !lost.is_empty() {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+        self.sent.extend(ranges.iter().copied());
+        lost.iter().for_each(|range| self.sent.remove(*range));
+        self.owed.extend(lost);
+        self.last = if is_first { Vec::new() } else { ranges };
+        self.layout = Some(layout);
+        Ok(Sent { bytes: done.bytes + bytes, ..done })
+    }
+
+    /// Takes what was written in a range that is to be watched. A mapping that
+    /// has replaced the one we knew is not yet, and all of it counts as written.
+    fn take_written(&self, host: Pid, range: (u64, u64)) -> io::Result<Vec<(u64, u64)>> {
+        match pages::take_written(host, range) {
+            Err(err) if err.raw_os_error() == Some(libc::EPERM) => {
+                self.uffd.register(range)?;
+                pages::take_written(host, range)
+            }
+            other => other,
+        }
+    }
+
+    /// Names pages that were sent and are the process's own no longer.
+    fn drop_gone(
+        &mut self,
+        host: Pid,
+        layout: &Layout,
+        pages: &mut Intervals,
+        sink: &mut dyn ImageSink,
+    ) -> io::Result<u64> {
+        let mut gone = self.sent.clone();
+        pages::own(host, &layout.mappings)?.into_iter().for_each(|range| gone.remove(range));
+        let ranges: Vec<(u64, u64)> = gone.iter().collect();
+        if ranges.is_empty() {
+            return Ok(0);
+        }
+        for &range in &ranges {
+            self.sent.remove(range);
+            pages.remove(range);
+        }
+        image::put(sink, Kind::Drop, &image::Drop { pid: layout.pid, ranges })
+    }
+}
+
+/// Duplicates fd `fd` of `pid` into this process.
+fn steal(pid: Pid, fd: u64) -> io::Result<OwnedFd> {
+    let pid = rustix::process::Pid::from_raw(pid.as_raw()).ok_or(io::ErrorKind::NotFound)?;
+    let fd = i32::try_from(fd).map_err(io::Error::other)?;
+    Ok(pidfd_getfd(pidfd_open(pid, PidfdFlags::empty())?, fd, PidfdGetfdFlags::empty())?)
+}
+
+/// The nodes of a frozen tree such that the destination can get there from what
+/// it has: where it cannot, all but the root are made anew.
+pub(crate) fn reachable(baseline: &Baseline, nodes: &mut [tree::Node]) {
+    let Some(root) = nodes.first().map(|n| n.sid) else { return };
+    let kept: BTreeSet<i32> = tree::kept(&baseline.nodes, nodes);
+    if !baseline.nodes.is_empty() && tree::plan(nodes, root, &kept).is_err() {
+        nodes.iter_mut().skip(1).for_each(|node| node.generation = !node.generation);
+    }
+}
