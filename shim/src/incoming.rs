@@ -155,6 +155,9 @@ impl Incoming {
             Ok(mut worker) => {
                 let watched = self.watch(&mut worker).await;
                 let end = worker.wait().await;
+                if !watched.ran {
+                    worker.end_leftovers();
+                }
                 let died = || {
                     let detail =
                         format!("the worker that built {} ended with {end}", offer.container);

@@ -117,10 +117,12 @@ impl Entry {
         let mut next = record.clone();
         change(&mut next)?;
         self.journal.put(next.clone()).await?;
-        *record = next;
+        let before = std::mem::replace(&mut *record, next).migration.state;
         let migration = record.migration.clone();
         let (id, container) = (migration.id, &migration.container);
-        tracing::info!(migration = %id, %container, state = ?migration.state, "migration");
+        if record.migration.state != before {
+            tracing::info!(migration = %id, %container, state = ?migration.state, "migration");
+        }
         self.watch.send_replace(migration);
         Ok(())
     }

@@ -34,6 +34,12 @@ pub(crate) async fn start(
     id: &ContainerId,
     request: MigrateRequest,
 ) -> Result<Arc<Entry>, Problem> {
+    if let Some(entry) = shim.migrations.of(id)
+        && matches!(entry.migration().state, MigrationState::In(_))
+    {
+        // It may run already while its worker still tells the runtime.
+        tokio::time::timeout(MAX_PAUSE, entry.over()).await.ok();
+    }
     shim.containers.refresh().await;
     let container = shim.container(id).await?;
     let init = init_of(&container)?;
@@ -362,6 +368,10 @@ pub(crate) async fn finish(
     state: MigrationState,
     outcome: Result<Option<Report>, Problem>,
 ) {
+    if let Err(problem) = &outcome {
+        let migration = entry.migration().id;
+        tracing::warn!(%migration, code = %problem.code, %problem, "migration failed");
+    }
     let mut pause = std::time::Duration::from_millis(50);
     while let Err(problem) = entry.end(state, outcome.clone()).await {
         if problem.code != ErrorCode::JournalFailed {

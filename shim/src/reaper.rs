@@ -21,7 +21,7 @@ use tokio::{
     signal::unix::{SignalKind, signal},
 };
 
-use crate::daemon::Shim;
+use crate::{daemon::Shim, process::Process};
 
 /// Children started by us; a process has one set of them, so this is global.
 static OWN: Mutex<BTreeSet<i32>> = Mutex::new(BTreeSet::new());
@@ -95,6 +95,12 @@ fn reap() -> Vec<(i32, i32)> {
         }
     }
     reaped
+}
+
+/// Children that fell to us.
+pub(crate) fn adopted() -> Vec<Process> {
+    let own = lock().clone();
+    children().into_iter().filter(|pid| !own.contains(pid)).filter_map(Process::find).collect()
 }
 
 /// Pids of all children of this process.

@@ -13,6 +13,7 @@ use std::{
     os::{fd::OwnedFd, unix::fs::OpenOptionsExt},
     path::Path,
     process::Stdio,
+    time::Duration,
 };
 
 use dunlin_api::{
@@ -37,6 +38,10 @@ use crate::{
 /// Longest line a worker may write.
 const MAX_LINE: u64 = 1 << 20;
 
+/// How long the last events of a worker that is gone are waited for; they have
+/// been written, and only have to be seen.
+const LAST: Duration = Duration::from_millis(200);
+
 /// The daemon's end of a worker.
 pub(crate) struct Worker {
     child: Own,
@@ -44,6 +49,11 @@ pub(crate) struct Worker {
     pub(crate) process: Option<Process>,
     events: BufReader<OwnedReadHalf>,
     replies: OwnedWriteHalf,
+    /// What has come of the next line.
+    line: Vec<u8>,
+    ended: bool,
+    /// Inode of its end of the socket.
+    socket: u64,
 }
 
 impl Worker {
@@ -55,6 +65,7 @@ impl Worker {
     ) -> io::Result<Self> {
         let (ours, theirs) = std::os::unix::net::UnixStream::pair()?;
         ours.set_nonblocking(true)?;
+        let socket = rustix::fs::fstat(&theirs)?.st_ino;
         command
             .stdin(stream.map_or_else(Stdio::null, Stdio::from))
             .stdout(Stdio::from(OwnedFd::from(theirs)))
@@ -66,20 +77,35 @@ impl Worker {
         drop(command);
         let process = child.id().and_then(|pid| Process::find(pid.try_into().ok()?));
         let (events, replies) = UnixStream::from_std(ours)?.into_split();
-        Ok(Self { child, process, events: BufReader::new(events), replies })
+        let (line, ended) = (Vec::new(), false);
+        Ok(Self { child, process, events: BufReader::new(events), replies, line, ended, socket })
     }
 
-    /// The next event, or `None` when the worker has ended.
+    /// The next event, or `None` when the worker has ended. May be given up
+    /// and asked again without a loss.
     pub(crate) async fn next(&mut self) -> io::Result<Option<Event>> {
-        let mut line = String::new();
-        let mut limited = (&mut self.events).take(MAX_LINE);
-        match limited.read_line(&mut line).await {
-            Ok(0) => Ok(None),
-            // Cut short by the worker's death.
-            Ok(_) if !line.ends_with('\n') => Ok(None),
-            Ok(_) => Ok(Some(serde_json::from_str(&line)?)),
-            Err(err) if err.kind() == io::ErrorKind::ConnectionReset => Ok(None),
-            Err(err) => Err(err),
+        if !self.ended {
+            tokio::select! {
+                biased;
+                event = event(&mut self.events, &mut self.line) => return event,
+                // Its socket alone does not tell: what it started may hold that open.
+                _ = self.child.wait() => self.ended = true,
+            }
+        }
+        match tokio::time::timeout(LAST, event(&mut self.events, &mut self.line)).await {
+            Ok(event) => event,
+            Err(_) => Ok(None),
+        }
+    }
+
+    /// Ends what a worker that is gone has started and left: processes that
+    /// fell to us and still hold its socket.
+    pub(crate) fn end_leftovers(&self) {
+        for process in reaper::adopted() {
+            if holds(process, self.socket) {
+                tracing::warn!(pid = process.pid, "a worker left a process behind");
+                tree::kill(process);
+            }
         }
     }
 
@@ -110,6 +136,35 @@ impl Worker {
             Err(err) => err.to_string(),
         }
     }
+}
+
+/// Reads on until `line` is one, and takes it.
+async fn event(
+    events: &mut BufReader<OwnedReadHalf>,
+    line: &mut Vec<u8>,
+) -> io::Result<Option<Event>> {
+    let read = events.take(MAX_LINE).read_until(b'\n', line).await;
+    match read {
+        Ok(_) if line.ends_with(b"\n") => {
+            let event = serde_json::from_slice(line);
+            line.clear();
+            Ok(Some(event?))
+        }
+        Ok(_) if line.len() as u64 >= MAX_LINE => {
+            Err(io::Error::other("a worker writes without end"))
+        }
+        // Closed, maybe in the middle of a line by the worker's death.
+        Ok(_) => Ok(None),
+        Err(err) if err.kind() == io::ErrorKind::ConnectionReset => Ok(None),
+        Err(err) => Err(err),
+    }
+}
+
+/// Whether a process has the socket with this inode open.
+fn holds(process: Process, socket: u64) -> bool {
+    let name = format!("socket:[{socket}]");
+    let fds = std::fs::read_dir(format!("/proc/{}/fd", process.pid)).into_iter().flatten();
+    fds.flatten().any(|fd| std::fs::read_link(fd.path()).is_ok_and(|to| to.as_os_str() == &*name))
 }
 
 /// Opens a log file of ours for appending.

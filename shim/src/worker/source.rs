@@ -41,6 +41,9 @@ use serde::{Deserialize, Serialize};
 use super::tree;
 use crate::{host::Host, process::Process};
 
+/// How often a freeze is tried.
+const FREEZES: usize = 5;
+
 /// Least time between two reports of progress.
 const PROGRESS: Duration = Duration::from_millis(100);
 
@@ -177,7 +180,7 @@ pub(crate) fn migrate<T: Tree>(
     shim.tell(&Event::Source(SourceState::Frozen));
     let since = Instant::now();
     let undumpable = |err: DumpError| Problem::new(dump_code(&err), &object, chain(&err));
-    let mut frozen = match tree.freeze() {
+    let mut frozen = match freeze(tree) {
         Ok(frozen) => frozen,
         Err(err) => {
             let problem = undumpable(err);
@@ -252,6 +255,18 @@ pub(crate) fn migrate<T: Tree>(
             Err(Problem::new(ErrorCode::InDoubt, &object, detail))
         }
     }
+}
+
+/// Stops the tree; begins anew where a process ended just then, as those of a
+/// busy shell do.
+fn freeze<T: Tree>(tree: &T) -> Result<T::Frozen, DumpError> {
+    for _ in 1..FREEZES {
+        match tree.freeze() {
+            Err(DumpError::Vanished(pid)) => tracing::debug!(%pid, "ended while it was frozen"),
+            frozen => return frozen,
+        }
+    }
+    tree.freeze()
 }
 
 /// Lets the engine write into the link and keeps the link's own error, which
