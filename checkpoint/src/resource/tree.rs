@@ -246,10 +246,11 @@ impl<'n> Planner<'n> {
             if pgid == 0 {
                 continue;
             }
-            // The group of a session's leader exists since the session does.
-            let founded = self.nodes.get(&pgid).is_some_and(|leader| leader.sid == pgid);
             let session = members[0].sid;
-            let stand_in = !self.nodes.contains_key(&pgid);
+            // The group of a session's leader exists since the session does,
+            // and outlives the leader: its pid is not free for a stand-in.
+            let founded = session == pgid;
+            let stand_in = !founded && !self.nodes.contains_key(&pgid);
             if stand_in {
                 let forker = members.iter().find(|m| self.session.get(&m.pid) == Some(&session));
                 let forker = forker.ok_or_else(|| format!("process group {pgid} has no member"))?;
@@ -316,6 +317,8 @@ mod tests {
             match step {
                 Step::Fork { parent, pid, .. } => {
                     let (_, pgid, sid) = all[&parent];
+                    let in_use = |&(_, pgid, sid): &(i32, i32, i32)| pgid == pid || sid == pid;
+                    assert!(!all.values().any(in_use), "pid {pid} is taken");
                     assert!(all.insert(pid, (parent, pgid, sid)).is_none());
                 }
                 Step::NewSession { pid } => {

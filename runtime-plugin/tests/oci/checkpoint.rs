@@ -83,6 +83,27 @@ fn a_container_goes_on_where_it_was() {
 }
 
 #[test]
+fn what_exec_left_running_moves_too() {
+    if needs_root() {
+        return;
+    }
+    let bundle = Bundle::new(&["sh", "-c", COUNT]);
+    bundle.ok(&["run", "--bundle", bundle.dir(), "--detach", "c"]);
+    let path = bundle.path("image");
+    let path = path.to_str().unwrap();
+    let quiet = "</dev/null >/dev/null 2>&1";
+    // Its session is led by a shell that has ended.
+    let orphan = bundle.ok(&["exec", "c", "sh", "-c", &format!("sleep 600 {quiet} & echo $!")]);
+    for _ in 0..2 {
+        bundle.ok(&["checkpoint", "--image-path", path, "c"]);
+        bundle.ok(&restore(&bundle, path, &["--detach"]));
+        let stat = format!("/proc/{}/stat", orphan.trim());
+        let stat = bundle.ok(&["exec", "c", "cat", &stat]);
+        assert!(stat.contains("(sleep) S 1 "), "{stat}");
+    }
+}
+
+#[test]
 fn callers_find_a_log_in_the_work_directory() {
     if needs_root() {
         return;
