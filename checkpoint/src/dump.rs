@@ -1,6 +1,10 @@
 //! Source side: freeze a tree, dump it, let it go or end it.
 
-use std::{collections::BTreeMap, io, time::Instant};
+use std::{
+    collections::BTreeMap,
+    io::{self, IoSlice},
+    time::Instant,
+};
 
 use nix::unistd::Pid;
 use serde::{Deserialize, Serialize};
@@ -14,7 +18,7 @@ use crate::{
     precopy::{Baseline, Pass, reachable},
     proc::{self, Stat, Status},
     resource::{
-        files::{self, TableRef},
+        files::{self, Connections, TableRef},
         fs, limits, mm,
         shared::Objects,
         signals,
@@ -68,6 +72,8 @@ pub struct Frozen {
     freeze_us: u64,
     /// What was sent while the tree ran.
     baseline: Baseline,
+    /// Connections that are to end in silence.
+    connections: Connections,
 }
 
 impl Frozen {
@@ -78,7 +84,8 @@ impl Frozen {
         started: Instant,
         baseline: Baseline,
     ) -> Self {
-        Self { tree, options, freeze_us: micros(started), baseline }
+        let connections = Connections::default();
+        Self { tree, options, freeze_us: micros(started), baseline, connections }
     }
 
     /// Writes the whole image.
@@ -107,7 +114,8 @@ impl Frozen {
         }
         let head = self.head(&images)?;
         let mut objects = Objects::default();
-        let files = self.files(&mut objects)?;
+        let (files, connections) = self.files(&mut objects)?;
+        self.connections = connections;
         report.bytes += image::put(sink, Kind::Head, &head).map_err(DumpError::Sink)?;
         self.baseline.keep(&head.nodes);
         for process in self.tree.processes.iter_mut().filter(|p| !p.is_zombie()) {
@@ -123,7 +131,10 @@ impl Frozen {
         let sent = objects.dump(sink).map_err(DumpError::Sink)?;
         report.pages += sent.pages;
         report.bytes += sent.bytes;
-        report.bytes += image::put(sink, Kind::Files, &files).map_err(DumpError::Sink)?;
+        for part in files.parts().map_err(|err| DumpError::Sink(io::Error::other(err)))? {
+            sink.put(Kind::Files as u16, &[IoSlice::new(&part)]).map_err(DumpError::Sink)?;
+            report.bytes += part.len() as u64;
+        }
         let living = self.tree.processes.iter().filter(|p| !p.is_zombie());
         for (process, image) in living.zip(&mut images) {
             // Last of all: signals arrive at a stopped process too.
@@ -156,7 +167,7 @@ impl Frozen {
     }
 
     /// Every open file of the tree.
-    fn files(&self, objects: &mut Objects) -> Result<files::Image, DumpError> {
+    fn files(&self, objects: &mut Objects) -> Result<(files::Image, Connections), DumpError> {
         let living = || self.tree.processes.iter().filter(|p| !p.is_zombie());
         let tables: Vec<TableRef> =
             living().map(|p| TableRef { pid: p.pid, ns_pid: p.status.tgid() }).collect();
@@ -173,6 +184,8 @@ impl Frozen {
 
     /// Ends every process of the tree without one more instruction of theirs.
     pub fn kill(mut self) -> Result<(), DumpError> {
+        let root = self.tree.processes[0].pid;
+        self.connections.silence().map_err(failed("silence the connections", root))?;
         self.tree.kill()
     }
 

@@ -18,7 +18,7 @@ use crate::{
     RestoreError, host,
     image::{self, Head, Kind, Process},
     resource::{
-        files::{self, Opened, Target},
+        files::{self, Assembly, Opened, Target},
         memory::{Backing, Layout},
         pages::{self, Runs},
         shared::{Created, Object, ObjectId},
@@ -39,6 +39,8 @@ pub(super) struct Builder {
     stdio: [OwnedFd; 3],
     head: Option<Head>,
     objects: Created,
+    /// Files of which not all has arrived.
+    assembly: Assembly,
     files: Option<Opened>,
     processes: BTreeMap<i32, Process>,
     /// Files known to be here as the image wants them.
@@ -79,6 +81,7 @@ impl Builder {
             root,
             directory,
             netns,
+            assembly: Assembly::default(),
             files: None,
             stdio,
             head: None,
@@ -122,7 +125,7 @@ impl Builder {
                 self.processes.insert(process.pid, process);
             }
             (Some(_), Kind::Files) => {
-                let image: files::Image = decode(body)?;
+                let Some(image) = self.assembly.take(body)? else { return Ok(0) };
                 let [stdin, stdout, stderr] = &self.stdio;
                 let stdio = [stdin.as_fd(), stdout.as_fd(), stderr.as_fd()];
                 let (root, netns) = (self.directory.as_fd(), self.netns.as_fd());

@@ -51,3 +51,13 @@ pub(crate) fn sent(socket: BorrowedFd<'_>) -> io::Result<i32> {
     let n = unsafe { libc::ioctl(socket.as_raw_fd(), libc::TIOCOUTQ, &raw mut bytes) };
     if n < 0 { Err(io::Error::last_os_error()) } else { Ok(bytes) }
 }
+
+/// Bytes of a TCP connection that are queued and have not been sent once
+/// (`SIOCOUTQNSD`).
+pub(crate) fn unsent(socket: BorrowedFd<'_>) -> io::Result<i32> {
+    const SIOCOUTQNSD: libc::Ioctl = 0x894b;
+    let mut bytes = 0;
+    // SAFETY: the kernel writes one `int` into `bytes`.
+    let n = unsafe { libc::ioctl(socket.as_raw_fd(), SIOCOUTQNSD, &raw mut bytes) };
+    if n < 0 { Err(io::Error::last_os_error()) } else { Ok(bytes) }
+}

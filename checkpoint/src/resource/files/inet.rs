@@ -11,14 +11,19 @@ use std::{
 };
 
 use nix::net::if_::if_nametoindex;
-use rustix::net::{SocketAddrAny, getpeername, getsockname};
+use rustix::{
+    fs::OFlags,
+    net::{SocketAddrAny, getpeername, getsockname},
+};
 use serde::{Deserialize, Serialize};
 
 use super::{
     Collector, Doing, Failure, File, Kind, Making, Refusal, Source, socket, sockopt, table::Held,
+    tcp,
 };
 use crate::{Options, TcpPolicy, sys::sockopt as raw};
 
+const TCP_SYN_SENT: u8 = 2;
 const TCP_CLOSE: u8 = 7;
 const TCP_LISTEN: u8 = 10;
 
@@ -50,6 +55,10 @@ pub(crate) enum State {
     Connected(Address),
     /// Was a TCP connection, which has been given up.
     Closed,
+    /// A TCP connection.
+    Established(Address, Box<tcp::Image>),
+    /// A TCP connection that the peer has not answered.
+    Connecting(Address),
 }
 
 /// An address that means the same on another host.
@@ -73,9 +82,11 @@ pub(super) fn dump(
     let mut bound = address(&getsockname(socket).doing("read its address")?, source);
     let state = if tcp { tcp_state(held, source, out)? } else { udp_state(held, source, out)? };
     let mut options = sockopt::dump(held, family, protocol)?;
+    if !matches!(state, State::Idle | State::Listening(_)) {
+        options = options.without_connection();
+    }
     if state == State::Closed {
         bound = None;
-        options = options.of_unconnected();
     }
     Ok(Image {
         v6: family == libc::AF_INET6,
@@ -106,6 +117,7 @@ fn tcp_state(held: &Held, source: &Source<'_>, out: &mut Collector<'_>) -> Resul
     match info[0] {
         TCP_CLOSE => Ok(State::Idle),
         TCP_LISTEN if waiting == 0 => Ok(State::Listening(backlog)),
+        // They have no fd by which they could be read.
         TCP_LISTEN if drops_waiting(source.ctx.options) => {
             out.losses.push(format!("drops {waiting} connections nobody has accepted yet"));
             Ok(State::Listening(backlog))
@@ -114,16 +126,25 @@ fn tcp_state(held: &Held, source: &Source<'_>, out: &mut Collector<'_>) -> Resul
             format!("is a listening socket with {waiting} connections nobody has accepted yet"),
             "try again in a moment, or drop them (--tcp-skip-in-flight)",
         )),
-        _ => match source.ctx.options.tcp {
+        state => match source.ctx.options.tcp {
             TcpPolicy::Close => Ok(State::Closed),
             TcpPolicy::Refuse => Err(Refusal::new(
                 "is an established TCP connection",
                 "keep connections (--tcp-established) or close them (--tcp-close)",
             )),
-            TcpPolicy::Keep => Err(Refusal::new(
-                "is an established TCP connection, and keeping those is not built yet",
-                "close connections (--tcp-close)",
-            )),
+            TcpPolicy::Keep if !source.frozen => Ok(State::Closed),
+            TcpPolicy::Keep => {
+                let peer = getpeername(socket).doing("read its peer")?;
+                let peer = peer.and_then(|peer| address(&peer, source));
+                let Some(peer) = peer else { return Ok(State::Closed) };
+                if state == TCP_SYN_SENT {
+                    return Ok(State::Connecting(peer));
+                }
+                let image = tcp::dump(socket, &info)?;
+                let kept = held.fd.try_clone().doing("duplicate it")?;
+                out.connections.0.push(kept);
+                Ok(State::Established(peer, Box::new(image)))
+            }
         },
     }
 }
@@ -191,7 +212,7 @@ pub(super) fn open(files: &[File]) -> Result<Vec<(usize, OwnedFd)>, (usize, Fail
 
 /// Makes a socket and binds it.
 fn create(image: &Image) -> Result<OwnedFd, Failure> {
-    let Image { v6, tcp, owner, options, bound, state: _ } = image;
+    let Image { v6, tcp, owner, options, bound, state } = image;
     let family = if *v6 { libc::AF_INET6 } else { libc::AF_INET };
     let (kind, protocol) = if *tcp {
         (libc::SOCK_STREAM, libc::IPPROTO_TCP)
@@ -203,6 +224,9 @@ fn create(image: &Image) -> Result<OwnedFd, Failure> {
     if let Some(bound) = bound {
         let address = bound.resolve()?;
         lenient(fd.as_fd(), *v6).making("prepare a socket")?;
+        if let State::Established(_, connection) = state {
+            tcp::begin(connection, fd.as_fd())?;
+        }
         rustix::net::bind(&fd, &address).making(&format!("bind {address}"))?;
     }
     Ok(fd)
@@ -221,9 +245,10 @@ fn lenient(fd: BorrowedFd<'_>, v6: bool) -> std::io::Result<()> {
 
 /// Listens or connects once every socket is bound.
 fn activate(image: &Image, fd: &OwnedFd) -> Result<(), Failure> {
-    let Image { v6: _, tcp: _, owner: _, options, bound: _, state } = image;
+    let Image { v6: _, tcp: _, owner: _, options, bound, state } = image;
     match state {
-        State::Idle | State::Closed => (),
+        // One that connects does so when it may speak.
+        State::Idle | State::Closed | State::Connecting(_) => (),
         State::Listening(backlog) => {
             let backlog = i32::try_from(*backlog).unwrap_or(i32::MAX);
             rustix::net::listen(fd, backlog).making("listen")?;
@@ -232,7 +257,66 @@ fn activate(image: &Image, fd: &OwnedFd) -> Result<(), Failure> {
             let peer = peer.resolve()?;
             rustix::net::connect(fd, &peer).making(&format!("connect to {peer}"))?;
         }
+        State::Established(peer, connection) => {
+            let bound =
+                bound.as_ref().ok_or(Failure::Damaged("a connection without an address"))?;
+            tcp::connect(connection, fd.as_fd(), bound.resolve()?, peer.resolve()?)?;
+        }
     }
     // Takes back what was lent for `bind`.
     sockopt::restore(options, fd.as_fd())
+}
+
+/// What a connection still lacks when all else is ready.
+#[derive(Debug)]
+pub(super) struct Pending {
+    file: usize,
+    step: Step,
+    options: sockopt::Image,
+}
+
+#[derive(Debug)]
+enum Step {
+    Speak(tcp::Ending),
+    Connect(SocketAddr),
+}
+
+impl Pending {
+    /// Lets the connections of an image speak, or be made.
+    pub(super) fn all(files: &[File]) -> Result<Vec<Self>, (usize, Failure)> {
+        let mut all = Vec::new();
+        for (file, image) in files.iter().enumerate() {
+            let Kind::Inet(image) = &image.kind else { continue };
+            let step = match &image.state {
+                State::Established(_, connection) => Step::Speak(connection.ending()),
+                State::Connecting(peer) => {
+                    Step::Connect(peer.resolve().map_err(|err| (file, err))?)
+                }
+                _ => continue,
+            };
+            all.push(Self { file, step, options: image.options.clone() });
+        }
+        Ok(all)
+    }
+
+    pub(super) fn file(&self) -> usize {
+        self.file
+    }
+
+    pub(super) fn arm(&self, fd: &OwnedFd) -> Result<(), Failure> {
+        match &self.step {
+            Step::Speak(ending) => tcp::arm(ending, fd.as_fd()).making("let it speak")?,
+            Step::Connect(peer) => {
+                let flags = rustix::fs::fcntl_getfl(fd).making("read the flags")?;
+                rustix::fs::fcntl_setfl(fd, flags | OFlags::NONBLOCK).making("set the flags")?;
+                match rustix::net::connect(fd, peer) {
+                    Ok(()) | Err(rustix::io::Errno::INPROGRESS) => (),
+                    Err(err) => return Err(err).making(&format!("connect to {peer}")),
+                }
+                rustix::fs::fcntl_setfl(fd, flags).making("set the flags")?;
+            }
+        }
+        // Repair had its own idea of who may share the port.
+        sockopt::restore(&self.options, fd.as_fd())
+    }
 }

@@ -11,10 +11,12 @@ mod epoll;
 mod error;
 mod eventfd;
 mod fdinfo;
+mod fin;
 pub(crate) mod ghost;
 mod inet;
 pub(crate) mod locks;
 mod owner;
+mod parts;
 mod pipe;
 mod regular;
 mod root;
@@ -24,6 +26,7 @@ mod socket;
 mod sockopt;
 mod stdio;
 mod table;
+mod tcp;
 #[cfg(test)]
 mod tests;
 mod timerfd;
@@ -46,6 +49,7 @@ use self::{
     root::Root,
     table::{Held, Tables},
 };
+pub(crate) use self::{parts::Assembly, tcp::Connections};
 use super::shared::{Created, Objects};
 use crate::{DumpError, Finding, Judgement, Options, RestoreError};
 
@@ -151,21 +155,22 @@ pub(crate) struct Fd {
 /// Judges every fd of a running tree without disturbing it.
 pub(crate) fn inspect(tables: &[TableRef], ctx: &Context<'_>) -> Result<Vec<Finding>, DumpError> {
     let source = Source::collect(tables, ctx, false)?;
-    Ok(source.read(&mut Objects::default()).1)
+    Ok(source.read(&mut Objects::default()).2)
 }
 
 /// Reads every fd of a tree that stands still. The content of files without a
-/// name is added to `objects`.
+/// name is added to `objects`; the connections are to be silenced before the
+/// tree is ended.
 pub(crate) fn dump(
     tables: &[TableRef],
     ctx: &Context<'_>,
     objects: &mut Objects,
-) -> Result<Image, DumpError> {
+) -> Result<(Image, Connections), DumpError> {
     let source = Source::collect(tables, ctx, true)?;
-    let (image, findings) = source.read(objects);
+    let (image, connections, findings) = source.read(objects);
     match findings.into_iter().find(|f| f.judgement == Judgement::Refused) {
         Some(finding) => Err(DumpError::Refused(Box::new(finding))),
-        None => Ok(image),
+        None => Ok((image, connections)),
     }
 }
 
@@ -187,6 +192,7 @@ struct Source<'a> {
 struct Collector<'a> {
     /// Content that several may share.
     objects: &'a mut Objects,
+    connections: Connections,
     pipes: Vec<pipe::Image>,
     /// Index of a pipe by its device and inode.
     pipe_ids: HashMap<(u64, u64), u32>,
@@ -212,9 +218,9 @@ impl<'a> Source<'a> {
         Ok(source)
     }
 
-    fn read(&self, objects: &mut Objects) -> (Image, Vec<Finding>) {
-        let (pipes, pipe_ids, losses) = Default::default();
-        let mut out = Collector { objects, pipes, pipe_ids, losses };
+    fn read(&self, objects: &mut Objects) -> (Image, Connections, Vec<Finding>) {
+        let (connections, pipes, pipe_ids, losses) = Default::default();
+        let mut out = Collector { objects, connections, pipes, pipe_ids, losses };
         let mut findings = Vec::new();
         let mut files = Vec::with_capacity(self.tables.held.len());
         for (id, held) in self.tables.held.iter().enumerate() {
@@ -232,8 +238,8 @@ impl<'a> Source<'a> {
             }
             out.losses.drain(..).for_each(|loss| note(Judgement::Loss, loss, ""));
         }
-        let Collector { objects: _, pipes, pipe_ids: _, losses: _ } = out;
-        (Image { files, pipes, tables: self.tables.image() }, findings)
+        let Collector { objects: _, connections, pipes, pipe_ids: _, losses: _ } = out;
+        (Image { files, pipes, tables: self.tables.image() }, connections, findings)
     }
 
     fn file(&self, id: usize, held: &Held, out: &mut Collector<'_>) -> Result<File, Refusal> {
@@ -320,6 +326,7 @@ pub(crate) struct Opened {
     placed: Vec<unix::Placed>,
     tables: BTreeMap<i32, Vec<Fd>>,
     timers: Vec<(u32, timerfd::Image)>,
+    connections: Vec<inet::Pending>,
     owners: Vec<(u32, owner::Image)>,
     /// Locks that the source still holds.
     late: Vec<(u32, locks::Lock)>,
@@ -392,7 +399,19 @@ pub(crate) fn open(image: &Image, target: &Target<'_>) -> Result<Opened, Restore
     }
     let posix_locks = tables.iter().map(|table| (table.pid, table.locks.clone())).collect();
     let tables = tables.iter().map(|table| (table.pid, table.fds.clone())).collect();
-    Ok(Opened { files, placed, tables, timers, owners, late, posix_locks, epoll_items })
+    let connections =
+        inet::Pending::all(&image.files).map_err(|(id, failure)| failure.at(image, id))?;
+    Ok(Opened {
+        files,
+        placed,
+        tables,
+        timers,
+        connections,
+        owners,
+        late,
+        posix_locks,
+        epoll_items,
+    })
 }
 
 /// Whether every index of an image points into it.
@@ -451,6 +470,9 @@ impl Opened {
         &mut self,
         host: &(dyn Fn(i32) -> Option<Pid> + Sync),
     ) -> Result<(), RestoreError> {
+        for connection in &self.connections {
+            connection.arm(&self.files[connection.file()]).map_err(Failure::alone)?;
+        }
         for placed in &mut self.placed {
             if let Err(err) = placed.arm() {
                 warn!(%err, ?placed, "a unix socket did not get its path");

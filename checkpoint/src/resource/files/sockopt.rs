@@ -248,7 +248,7 @@ pub(super) fn dump(held: &Held, family: i32, protocol: i32) -> Result<Image, Ref
 
 impl Image {
     /// Leaves out what means something else once a connection was made.
-    pub(super) fn of_unconnected(mut self) -> Self {
+    pub(super) fn without_connection(mut self) -> Self {
         let connection = [libc::TCP_MAXSEG, libc::TCP_WINDOW_CLAMP];
         self.0
             .retain(|value| value.level != libc::IPPROTO_TCP || !connection.contains(&value.name));

@@ -8,12 +8,14 @@ mod epolls;
 mod ghosts;
 mod pipes;
 mod sockets;
+mod tcp;
 mod unix;
 
 use std::{
+    cell::RefCell,
     collections::BTreeMap,
     env, fs,
-    io::{self, BufRead, BufReader},
+    io::{self, BufRead, BufReader, Write},
     os::fd::{AsFd, AsRawFd, BorrowedFd, IntoRawFd, OwnedFd, RawFd},
     process::{Child, ChildStdout, Command, Stdio},
     thread,
@@ -30,7 +32,10 @@ use nix::{
 use proptest::prelude::*;
 use rustix::fs::{Mode, OFlags};
 
-use super::{Context, Fd, Image, Opened, TableRef, Target, dump, fdinfo::FdInfo, inspect, open};
+use super::{
+    Assembly, Connections, Context, Fd, Image, Opened, TableRef, Target, dump, fdinfo::FdInfo,
+    inspect, open,
+};
 use crate::{
     DumpError, Finding, Judgement, Options, RestoreError,
     image::{self, ImageSink},
@@ -58,6 +63,7 @@ const WORLDS: &[(&str, fn())] = &[
     ("epoll", epolls::epolls),
     ("inet", sockets::inet),
     ("established", sockets::established),
+    ("connections", tcp::connections),
     ("unix_pairs", unix::pairs),
     ("unix_listening", unix::listening),
     ("unix_named", unix::named),
@@ -103,8 +109,8 @@ fn dir() -> String {
 struct Holder {
     child: Child,
     dir: tempfile::TempDir,
-    /// Keeps its stdout from being a pipe without a reader.
-    _stdout: BufReader<ChildStdout>,
+    connections: RefCell<Connections>,
+    stdout: BufReader<ChildStdout>,
 }
 
 impl Holder {
@@ -114,6 +120,19 @@ impl Holder {
     }
 
     fn start_with(world: &str, more: &[(&str, &std::path::Path)]) -> Option<Self> {
+        let mut holder = Self::spawn(world, more)?;
+        holder.wait_for("ready");
+        Some(holder)
+    }
+
+    /// Starts one that waits for [`say`](Self::say) in the middle.
+    fn start_silent(world: &str) -> Option<Self> {
+        let mut holder = Self::spawn(world, &[])?;
+        holder.wait_for("waiting");
+        Some(holder)
+    }
+
+    fn spawn(world: &str, more: &[(&str, &std::path::Path)]) -> Option<Self> {
         if !unistd::geteuid().is_root() {
             eprintln!("skipped: needs CAP_SYS_ADMIN");
             return None;
@@ -131,14 +150,24 @@ impl Holder {
             .stderr(Stdio::null())
             .spawn()
             .unwrap();
-        let mut stdout = BufReader::new(child.stdout.take().unwrap());
+        let stdout = BufReader::new(child.stdout.take().unwrap());
+        Some(Self { child, dir, connections: RefCell::default(), stdout })
+    }
+
+    /// Reads what the holder writes until it says `word`.
+    fn wait_for(&mut self, word: &str) {
         let mut line = String::new();
         // libtest writes its own words before ours on the same line.
-        while !line.ends_with("ready\n") {
+        while !line.trim_end().ends_with(word) {
             line.clear();
-            assert_ne!(stdout.read_line(&mut line).unwrap(), 0, "{world} was not set up");
+            assert_ne!(self.stdout.read_line(&mut line).unwrap(), 0, "{word} was not said");
         }
-        Some(Self { child, dir, _stdout: stdout })
+    }
+
+    /// Lets the holder go on, up to where it says `word`.
+    fn say(&mut self, word: &str) {
+        self.child.stdin.as_mut().unwrap().write_all(b"\n").unwrap();
+        self.wait_for(word);
     }
 
     fn pid(&self) -> Pid {
@@ -176,9 +205,12 @@ impl Holder {
         self.stop();
         let tasks = [self.pid()];
         let ctx = Context { options, init: self.pid(), tasks: &tasks };
-        let image = dump(&self.tables(), &ctx, objects)?;
-        let bytes = postcard::to_stdvec(&image).unwrap();
-        assert_eq!(postcard::from_bytes::<Image>(&bytes).unwrap(), image);
+        let (image, connections) = dump(&self.tables(), &ctx, objects)?;
+        let mut assembly = Assembly::default();
+        let parts = image.parts().unwrap();
+        let again = parts.iter().find_map(|part| assembly.take(part).unwrap());
+        assert_eq!(again.as_ref(), Some(&image));
+        *self.connections.borrow_mut() = connections;
         Ok(image)
     }
 
@@ -188,6 +220,16 @@ impl Holder {
     }
 
     fn migrate_with(&mut self, options: &Options) -> Restored {
+        self.migrate_into(options, new_netns(), || ())
+    }
+
+    /// Migrates into a network namespace, which `connect` then lets speak.
+    fn migrate_into(
+        &mut self,
+        options: &Options,
+        netns: OwnedFd,
+        connect: impl FnOnce(),
+    ) -> Restored {
         let mut objects = Objects::default();
         let image = self.try_dump_with(options, &mut objects).unwrap();
         let mut records = Records::default();
@@ -197,9 +239,10 @@ impl Holder {
             .iter()
             .map(|fd| (fd.fd, FdInfo::read(self.pid(), fd.fd).unwrap()))
             .collect();
+        self.connections.borrow().silence().unwrap();
         self.child.kill().unwrap();
         self.child.wait().unwrap();
-        Restored::new(image, flags, records.create()).unwrap()
+        Restored::new_in(image, flags, records.create(), netns, connect).unwrap()
     }
 }
 
@@ -258,8 +301,17 @@ impl Restored {
         infos: BTreeMap<RawFd, FdInfo>,
         objects: Created,
     ) -> Result<Self, RestoreError> {
+        Self::new_in(image, infos, objects, new_netns(), || ())
+    }
+
+    fn new_in(
+        image: Image,
+        infos: BTreeMap<RawFd, FdInfo>,
+        objects: Created,
+        netns: OwnedFd,
+        connect: impl FnOnce(),
+    ) -> Result<Self, RestoreError> {
         let root = root();
-        let netns = new_netns();
         let stdio: [OwnedFd; 3] = std::array::from_fn(|_| {
             rustix::event::eventfd(0, rustix::event::EventfdFlags::CLOEXEC).unwrap()
         });
@@ -271,6 +323,7 @@ impl Restored {
         };
         let mut opened = open(&image, &target)?;
         objects.seal().unwrap();
+        connect();
         opened.arm(&|_| Some(Pid::this()))?;
         let pid = image.tables[0].pid;
         Ok(Self { opened, infos, pid, netns, stdio })
