@@ -194,10 +194,6 @@ fn collect(mut seized: Seized) -> Result<FrozenTree, DumpError> {
         }
         // From here on the tree's own drop thaws them.
         let status = Status::of(pid);
-        if status.is_err() && threads.is_empty() {
-            // It ended, and its parent reaped it, before that one stood still.
-            continue;
-        }
         tree.processes.push(Process {
             pid,
             status: status.as_ref().cloned().unwrap_or_default(),
@@ -259,14 +255,9 @@ impl FrozenTree {
                 }
             }
         }
-        // A parent learns of the end only when the tracer has seen it, and a pid
-        // namespace's init ends only after all others: threads before leaders,
-        // children before parents.
-        for process in processes.iter().rev() {
-            for thread in process.threads.iter().rev() {
-                while !matches!(ptrace::wait(thread.tid), Ok(ptrace::Stop::Gone) | Err(_)) {}
-            }
-        }
+        // A parent learns of the end only when the tracer has seen it.
+        let threads = processes.iter().flat_map(|p| &p.threads);
+        ptrace::reap(threads.map(|thread| thread.tid).collect());
         Ok(())
     }
 }

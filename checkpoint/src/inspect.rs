@@ -71,7 +71,8 @@ pub(crate) fn node(is_root: bool, status: &Status, stat: &Stat) -> tree::Node {
         generation: stat.generation(),
         subreaper: false,
         stopped: None,
-        zombie: (status.state == 'Z').then_some(stat.exit_code),
+        zombie: (status.state == 'Z')
+            .then(|| tree::Zombie { status: stat.exit_code, name: stat.comm.clone() }),
     }
 }
 

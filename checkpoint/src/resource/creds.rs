@@ -72,7 +72,6 @@ pub(crate) fn answer(
         while let Some((program, flags)) = ptrace::seccomp_filter(tid, seccomp.len())? {
             seccomp.push(Filter { program, flags });
         }
-        seccomp.reverse();
     }
     Ok(Image {
         uids: status.uids,

@@ -83,7 +83,7 @@ pub(crate) struct Layout {
 }
 
 /// `VmFlags` words that have a `madvise(2)` value.
-const ADVICE: [(&[u8; 2], i32); 7] = [
+const ADVICE: [(&[u8; 2], i32); 8] = [
     (b"dc", libc::MADV_DONTFORK),
     (b"dd", libc::MADV_DONTDUMP),
     (b"wf", libc::MADV_WIPEONFORK),
@@ -91,6 +91,7 @@ const ADVICE: [(&[u8; 2], i32); 7] = [
     (b"nh", libc::MADV_NOHUGEPAGE),
     (b"mg", libc::MADV_MERGEABLE),
     (b"rr", libc::MADV_RANDOM),
+    (b"sr", libc::MADV_SEQUENTIAL),
 ];
 
 /// Why a mapping cannot move.

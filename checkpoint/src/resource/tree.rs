@@ -26,8 +26,16 @@ pub(crate) struct Node {
     pub(crate) subreaper: bool,
     /// Stopped by job control; whether the parent has waited for that already.
     pub(crate) stopped: Option<bool>,
-    /// The status a zombie keeps for its parent.
-    pub(crate) zombie: Option<i32>,
+    /// What is left of it when it is a zombie.
+    pub(crate) zombie: Option<Zombie>,
+}
+
+/// What a zombie keeps for its parent, and for those who list processes.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Zombie {
+    /// As `wait4(2)` reports it.
+    pub(crate) status: i32,
+    pub(crate) name: Vec<u8>,
 }
 
 /// One step of the tree's creation.
@@ -45,8 +53,8 @@ pub(crate) enum Step {
     Leave { parent: i32, pid: i32 },
     /// `pid` stops, and the parent waits for that if it has one inside the tree.
     Stop { pid: i32, waited_by: Option<i32> },
-    /// `pid` ends with this wait status and stays a zombie.
-    Die { pid: i32, status: i32 },
+    /// `pid` ends and stays a zombie.
+    Die { pid: i32, zombie: Zombie },
 }
 
 /// The processes of `old` that can stay what they are in `new`, root included.
@@ -284,8 +292,9 @@ impl<'n> Planner<'n> {
     /// Zombies end when all the tree stands; children first.
     fn deaths(&mut self) {
         let zombies = self.nodes.values().rev();
-        let steps: Vec<Step> =
-            zombies.filter_map(|n| Some(Step::Die { pid: n.pid, status: n.zombie? })).collect();
+        let steps: Vec<Step> = zombies
+            .filter_map(|n| Some(Step::Die { pid: n.pid, zombie: n.zombie.clone()? }))
+            .collect();
         self.steps.extend(steps);
     }
 }

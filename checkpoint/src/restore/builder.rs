@@ -54,8 +54,7 @@ struct Tasks(BTreeMap<i32, Task>);
 impl Drop for Tasks {
     fn drop(&mut self) {
         self.0.values().for_each(Task::kill);
-        // A pid namespace's init ends only after all others.
-        self.0.values().rev().for_each(Task::wait_gone);
+        ptrace::reap(self.0.values().flat_map(Task::hosts).collect());
     }
 }
 
@@ -200,7 +199,7 @@ impl Builder {
             self.task(node.pid)?.kill();
         }
         for node in gone.iter().rev() {
-            self.remove(node.pid)?.wait_gone();
+            ptrace::reap(self.remove(node.pid)?.hosts().collect());
         }
         for node in gone {
             // Orphans of one that is gone too are the root's.
@@ -255,7 +254,7 @@ impl Builder {
                 batch.call(libc::SYS_wait4, args![pid, 0_u64, libc::WUNTRACED, 0_u64]);
                 self.task(parent)?.run("wait for a stopped child", &batch)
             }
-            Step::Die { pid, status } => self.remove(pid)?.die(status).map_err(|source| {
+            Step::Die { pid, ref zombie } => self.remove(pid)?.die(zombie).map_err(|source| {
                 RestoreError::Process { what: "leave a zombie".into(), pid, source }
             }),
         }

@@ -23,6 +23,7 @@ use crate::{
         mm,
         shared::ObjectId,
         signals, threads, timers,
+        tree::Zombie,
     },
     skeleton,
     stub::{Batch, Place, Remote, TRAMPOLINE, Tracee, args, code, find_hole, find_slack},
@@ -146,11 +147,15 @@ impl Task {
         }
     }
 
-    /// Ends the process the way a zombie with wait status `status` did.
-    pub(super) fn die(self, status: i32) -> io::Result<()> {
-        let signal = status & 0x7f;
+    /// Ends the process the way `zombie` did.
+    pub(super) fn die(self, zombie: &Zombie) -> io::Result<()> {
+        let mut batch = Batch::new();
+        let name = batch.string(&zombie.name);
+        batch.call(libc::SYS_prctl, args![libc::PR_SET_NAME, name]);
+        self.remote.run(&self.tracee, &batch)?;
+        let signal = zombie.status & 0x7f;
         if signal == 0 {
-            return self.exit(status >> 8 & 0xff);
+            return self.exit(zombie.status >> 8 & 0xff);
         }
         ptrace::set_signal_mask(self.host(), 0)?;
         nix::sys::signal::kill(self.host(), nix::sys::signal::Signal::try_from(signal)?)?;
@@ -416,13 +421,6 @@ impl Task {
     pub(super) fn kill(&self) {
         // Gone already is as good.
         let _gone = nix::sys::signal::kill(self.host(), nix::sys::signal::SIGKILL);
-    }
-
-    /// Waits until the process is gone; its leader goes last.
-    pub(super) fn wait_gone(&self) {
-        for tracee in self.threads.iter().chain([&self.tracee]) {
-            while !matches!(ptrace::wait(tracee.tid), Ok(ptrace::Stop::Gone) | Err(_)) {}
-        }
     }
 
     /// Takes the stub out; the threads then stand before their next instruction.

@@ -130,6 +130,36 @@ pub(crate) fn wait(tid: Pid) -> io::Result<Stop> {
     }
 }
 
+/// Waits until all of these killed tasks have ended.
+///
+/// In no order of ours: the last thread of a pid namespace's init ends only
+/// when the tracer has seen the end of all others, and any may be the last.
+pub(crate) fn reap(mut tids: Vec<Pid>) {
+    while !tids.is_empty() {
+        let left = tids.len();
+        tids.retain(|tid| !has_ended(*tid));
+        if tids.len() == left {
+            std::thread::yield_now();
+        }
+    }
+}
+
+/// Collects `tid` if it has ended; a stop it reports on the way is passed over.
+fn has_ended(tid: Pid) -> bool {
+    loop {
+        let mut status = 0;
+        let options = libc::__WALL | libc::WNOHANG;
+        // SAFETY: `status` outlives the call, which only writes to it.
+        match unsafe { libc::waitpid(tid.as_raw(), &raw mut status, options) } {
+            0 => return false,
+            // No task of ours any more.
+            -1 => return true,
+            _ if libc::WIFSTOPPED(status) => {}
+            _ => return true,
+        }
+    }
+}
+
 /// The new task that a fork or clone event announces.
 pub(crate) fn event_pid(tid: Pid) -> io::Result<Pid> {
     let mut message: libc::c_ulong = 0;
@@ -241,8 +271,9 @@ pub(crate) fn has_user_dispatch(tid: Pid) -> io::Result<bool> {
     Ok(conf[0] != 0)
 }
 
-/// Reads seccomp filter `index`, newest first: its BPF program, 8 bytes an
-/// instruction, and its flags. `None` past the last one.
+/// Reads seccomp filter `index`, oldest first (`ptrace(2)` has it the other
+/// way round): its BPF program, 8 bytes an instruction, and its flags. `None`
+/// past the last one.
 pub(crate) fn seccomp_filter(tid: Pid, index: usize) -> io::Result<Option<(Vec<u8>, u64)>> {
     let n = match request(PTRACE_SECCOMP_GET_FILTER, tid, index, 0) {
         Ok(n) => usize::try_from(n).unwrap_or(0),
