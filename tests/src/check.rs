@@ -8,19 +8,21 @@ use anyhow::{Context, Result, bail, ensure};
 
 use crate::{Child, Facts, Mood, Place, Skipped, skip};
 
-/// Moves a scenario once, alone on the host and as the init of a namespace.
-pub fn check(scenario: &str) -> Result<()> {
-    both(scenario, Mood::Idle, 1)
-}
-
-/// Moves it five times in a row.
-pub fn check_repeated(scenario: &str) -> Result<()> {
-    both(scenario, Mood::Idle, 5)
-}
-
-/// Moves it five times in a row while it computes.
-pub fn check_busy(scenario: &str) -> Result<()> {
-    both(scenario, Mood::Busy, 5)
+/// Moves a scenario five times in a row, alone on the host and as the init of
+/// namespaces; compares `/proc` each time, and asks it in the end.
+pub fn check(scenario: &str, mood: Mood) -> Result<()> {
+    unless_skipped(|| {
+        for place in [Place::Plain, Place::Isolated] {
+            let mut child = Child::spawn(scenario, place, mood)?;
+            let before = child.facts()?;
+            for time in 1..=5 {
+                child.relocate().with_context(|| format!("{place:?}, move {time}"))?;
+                settled(&child, &before).with_context(|| format!("{place:?}, move {time}"))?;
+            }
+            child.verify().with_context(|| format!("{place:?}"))?;
+        }
+        Ok(())
+    })
 }
 
 /// Leaves a scenario where it is: its check must pass, and must fail once its
@@ -55,21 +57,6 @@ pub fn unless_skipped(test: impl FnOnce() -> Result<()>) -> Result<()> {
         }
         other => other,
     }
-}
-
-fn both(scenario: &str, mood: Mood, times: u32) -> Result<()> {
-    unless_skipped(|| {
-        for place in [Place::Plain, Place::Isolated] {
-            let mut child = Child::spawn(scenario, place, mood)?;
-            let before = child.facts()?;
-            for time in 1..=times {
-                child.relocate().with_context(|| format!("{place:?}, move {time}"))?;
-                settled(&child, &before).with_context(|| format!("{place:?}, move {time}"))?;
-            }
-            child.verify().with_context(|| format!("{place:?}"))?;
-        }
-        Ok(())
-    })
 }
 
 /// Compares until nothing differs. A task that was just released needs a

@@ -74,7 +74,6 @@ const FILES: &[&str] = &[
     "timerslack_ns",
     "personality",
     "coredump_filter",
-    "timers",
     "uid_map",
     "gid_map",
 ];
@@ -130,14 +129,20 @@ impl Facts {
         for key in ["NSpgid", "NSsid"] {
             self.put(pid, key, inner(dir, key)?);
         }
-        self.task(pid, dir)?;
         if state == "Z" {
+            // What `wait` and `ps` tell of it is all that is left.
+            for (field, name) in [(38, "exit_signal"), (52, "exit_code")] {
+                self.put(pid, name, stat.field(field));
+            }
+            self.put(pid, "name", stat.field(2));
             return Ok(());
         }
+        self.task(pid, dir)?;
         for file in FILES {
             let text = fs::read(format!("{dir}/{file}")).with_context(|| (*file).to_owned())?;
             self.put(pid, file, String::from_utf8_lossy(&text));
         }
+        self.put(pid, "timers", timers(&fs::read_to_string(format!("{dir}/timers"))?));
         self.put(pid, "auxv", format!("{:02x?}", fs::read(format!("{dir}/auxv"))?));
         for link in ["exe", "cwd", "root"] {
             self.put(pid, link, target(&format!("{dir}/{link}"))?);
@@ -209,9 +214,25 @@ fn target(link: &str) -> Result<String> {
     Ok(fs::read_link(link).with_context(|| link.to_owned())?.to_string_lossy().into_owned())
 }
 
+/// POSIX timers in the order of their ids; the kernel's order is no lasting one.
+fn timers(text: &str) -> String {
+    let lines = text.lines().map(|line| match line.rsplit_once('.') {
+        // `notify: signal/pid.4711` names the task as the host sees it.
+        Some((how, pid)) => {
+            let told = inner(&format!("/proc/{pid}"), "NSpid");
+            format!("{how}.{}", told.unwrap_or_else(|_| "gone".into()))
+        }
+        None => line.to_owned(),
+    });
+    let lines: Vec<_> = lines.collect();
+    let mut timers: Vec<_> = lines.chunks(4).map(|timer| timer.join("\n")).collect();
+    timers.sort_unstable();
+    timers.join("\n")
+}
+
 /// Leaves out inode and mount numbers, and what is left of a running timer.
 fn fdinfo(text: &str) -> String {
-    let mut kept = String::new();
+    let mut lines = Vec::new();
     for line in text.lines() {
         let key = line.split(':').next().unwrap_or_default();
         if ["mnt_id", "ino", "it_value", "eventfd-id", "Pid"].contains(&key) {
@@ -219,15 +240,27 @@ fn fdinfo(text: &str) -> String {
         }
         // epoll adds ` pos:0 ino:b sdev:d` to each of its targets.
         let line = line.split(" pos:").next().unwrap_or_default();
-        // `lock:` begins with the line's number and holds the host's pid.
-        if key == "lock" {
-            let fields = line.split_ascii_whitespace().enumerate();
-            let fields = fields.filter(|(n, _)| ![1, 5].contains(n)).map(|(_, field)| field);
-            kept += &fields.collect::<Vec<_>>().join(" ");
-        } else {
-            kept += line;
-        }
-        kept.push('\n');
+        lines.push(
+            match (key, line.strip_prefix("flags:\t").map(|flags| u32::from_str_radix(flags, 8))) {
+                // Opened again, a pipe has O_LARGEFILE, which means nothing here.
+                (_, Some(Ok(flags))) => format!("flags:\t{:o}", flags & !0o100_000),
+                // Any watch that is armed has EPOLLERR and EPOLLHUP; a one-shot that
+                // has fired has not, which only firing it again could restore.
+                ("tfd", _) if line.contains("events: 400000") => {
+                    line.replace("40000018", "40000000")
+                }
+                // `lock:` begins with the line's number and holds the host's pid.
+                ("lock", _) => {
+                    let fields = line.split_ascii_whitespace().enumerate();
+                    let fields =
+                        fields.filter(|(n, _)| ![1, 5].contains(n)).map(|(_, field)| field);
+                    fields.collect::<Vec<_>>().join(" ")
+                }
+                _ => line.to_owned(),
+            },
+        );
     }
-    kept
+    // epoll lists its targets by their addresses in the kernel.
+    lines.sort_unstable();
+    lines.join("\n")
 }

@@ -7,6 +7,7 @@
 pub mod bundle;
 mod check;
 mod child;
+mod clone;
 mod facts;
 pub mod hosts;
 pub mod image;
@@ -18,7 +19,7 @@ pub mod stage;
 pub mod worker;
 pub mod writer;
 
-pub use check::{at_rest, check, check_busy, check_repeated, unless_skipped};
+pub use check::{at_rest, check, unless_skipped};
 pub use child::{Child, Mood, Skipped};
 pub use facts::Facts;
 pub use worker::Place;

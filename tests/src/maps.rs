@@ -26,7 +26,9 @@ pub(crate) fn read(dir: &str, names: &mut Names) -> Result<BTreeMap<String, Stri
     let mut mappings: Vec<Mapping> = Vec::new();
     for line in fs::read_to_string(format!("{dir}/smaps"))?.lines() {
         if let Some(flags) = line.strip_prefix("VmFlags:") {
-            let flags = flags.split_ascii_whitespace().filter(|flag| *flag != "sd");
+            // `sd` is set by every write; `ac` says that the mapping once was
+            // writable, which only the sum of reserved memory remembers.
+            let flags = flags.split_ascii_whitespace().filter(|flag| !["sd", "ac"].contains(flag));
             let last = mappings.last_mut().context("flags before any mapping")?;
             last.kind = format!("{} {}", last.kind, flags.collect::<Vec<_>>().join(" "));
         } else if line.split_ascii_whitespace().next().is_some_and(|word| !word.ends_with(':')) {

@@ -26,6 +26,7 @@ use nix::sys::wait::{WaitStatus, waitpid};
 use nix::unistd::{Pid, getpid, pipe2};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
+use crate::clone::start_as;
 use crate::image::{Full, Memory};
 use crate::proc::tree;
 
@@ -89,6 +90,10 @@ pub(crate) fn program(name: &str) -> Result<PathBuf> {
 /// Serves orders until stdin ends; ends everything it started before it returns.
 pub fn serve() -> Result<()> {
     prctl::set_child_subreaper(true)?;
+    // What whoever runs the tests left open is no part of any child's world.
+    for fd in open_fds()? {
+        fcntl(fd, FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC))?;
+    }
     let mut worker = Worker { place: Place::Plain, root: None, image: Memory::default() };
     let mut stdout = io::stdout();
     for line in io::stdin().lock().lines() {
@@ -155,8 +160,7 @@ impl Worker {
                     Ok(_nascent) => bail!("{damage:?} went unnoticed"),
                     Err(err) => format!("{:#}", anyhow::Error::from(err)),
                 };
-                // Whatever was built is dead by now; only its zombie is ours to collect.
-                waitpid(init, None)?;
+                collect(init)?;
                 error.into()
             }
             Order::Wait => match waitpid(self.root()?, None)? {
@@ -181,26 +185,66 @@ impl Worker {
             waitpid(None, None).context("waiting for what was killed")?;
         }
         self.root = None;
-        let init = new_skeleton(self.place, Some(root))?;
-        self.root = Some(init);
-        let nascent = restore(sandbox(init)?, &mut image)?;
-        let restore = nascent.report().clone();
-        nascent.thaw()?;
-        Ok(Moved { pid: init.as_raw(), dump, restore })
+        let mut tries = 0;
+        loop {
+            match self.arrive(root, &image) {
+                Ok((init, restore)) => return Ok(Moved { pid: init.as_raw(), dump, restore }),
+                // Others fork on this host too, and a pid of ours that was
+                // free for a moment may be theirs until they end.
+                Err(err) if is_taken(&err) && tries < 100 => tries += 1,
+                Err(err) => return Err(err),
+            }
+        }
     }
+
+    fn arrive(&mut self, was: Pid, image: &Memory) -> Result<(Pid, RestoreReport)> {
+        let init = new_skeleton(self.place, Some(was))?;
+        let nascent = match restore(sandbox(init)?, &mut image.clone()) {
+            Ok(nascent) => nascent,
+            Err(err) => {
+                end_all()?;
+                return Err(err.into());
+            }
+        };
+        let report = nascent.report().clone();
+        self.root = Some(init);
+        nascent.thaw()?;
+        Ok((init, report))
+    }
+}
+
+/// Collects what the engine built in vain and ended, unless it did that too.
+fn collect(pid: Pid) -> Result<()> {
+    match waitpid(pid, None) {
+        Ok(_) | Err(Errno::ECHILD) => Ok(()),
+        Err(err) => Err(err.into()),
+    }
+}
+
+/// Whether a pid that the image wants belongs to someone else.
+fn is_taken(err: &anyhow::Error) -> bool {
+    let kind =
+        |cause: &(dyn std::error::Error + 'static)| Some(cause.downcast_ref::<io::Error>()?.kind());
+    err.chain().any(|cause| kind(cause) == Some(io::ErrorKind::AlreadyExists))
 }
 
 fn options() -> Options {
     Options { file_locks: true, ..Options::default() }
 }
 
+/// The sandbox of `init`, with the stdio that [`command`] gave the original.
 fn sandbox(init: Pid) -> Result<Sandbox> {
-    let null = || File::options().read(true).write(true).open("/dev/null").map(OwnedFd::from);
-    Ok(Sandbox { init, stdio: [null()?, null()?, null()?] })
+    let null = |read| File::options().read(read).write(!read).open("/dev/null").map(OwnedFd::from);
+    Ok(Sandbox { init, stdio: [null(true)?, null(false)?, null(false)?] })
 }
 
-fn open_fds() -> Result<usize> {
-    Ok(fs::read_dir("/proc/self/fd")?.count())
+/// Our descriptors above stderr.
+fn open_fds() -> Result<Vec<i32>> {
+    let listed =
+        fs::read_dir("/proc/self/fd")?.map(|fd| Ok(fd?.file_name().to_string_lossy().parse()?));
+    let listed = listed.collect::<Result<Vec<i32>>>()?;
+    // The one that lists them is closed by now.
+    Ok(listed.into_iter().filter(|fd| *fd > 2 && fcntl(*fd, FcntlArg::F_GETFD).is_ok()).collect())
 }
 
 fn command(program: &Path, dir: &Path) -> Command {
@@ -212,16 +256,13 @@ fn command(program: &Path, dir: &Path) -> Command {
 
 /// Starts `program` at `place`.
 fn spawn(place: Place, program: &Path, dir: &Path, args: &[String]) -> Result<Pid> {
-    let mut command = match place {
-        Place::Plain => command(program, dir),
+    match place {
+        Place::Plain => started(command(program, dir).args(args)),
         Place::Isolated => {
-            next_child_is_init()?;
             let mut command = command(&std::env::current_exe()?, dir);
-            command.arg("inside").arg(program);
-            command
+            started_as_init(command.arg("inside").arg(program).args(args))
         }
-    };
-    started(command.args(args))
+    }
 }
 
 /// Makes a process that runs the skeleton, in the host's pid namespace with
@@ -237,11 +278,8 @@ fn new_skeleton(place: Place, wanted: Option<Pid>) -> Result<Pid> {
     command.args((place == Place::Isolated).then_some("skeleton"));
     command.arg(write.as_raw_fd().to_string());
     let pid = match (place, wanted) {
-        (Place::Plain, Some(wanted)) => with_pid(wanted, &mut command)?,
-        _ => {
-            next_child_is_init()?;
-            started(&mut command)?
-        }
+        (Place::Plain, Some(wanted)) => start_as(wanted, &mut command)?,
+        _ => started_as_init(&mut command)?,
     };
     // The other end closes when the skeleton is executed, or failed.
     drop(write);
@@ -257,26 +295,13 @@ fn started(command: &mut Command) -> Result<Pid> {
     Ok(Pid::from_raw(child.id().try_into()?))
 }
 
-/// Starts `command` as process `pid`. Others fork on this host too, so the
-/// number may be taken by one of theirs that soon goes away.
-fn with_pid(pid: Pid, command: &mut Command) -> Result<Pid> {
-    for _ in 0..1000 {
-        fs::write("/proc/sys/kernel/ns_last_pid", (pid.as_raw() - 1).to_string())?;
-        let got = started(command)?;
-        if got == pid {
-            return Ok(pid);
-        }
-        kill(got, Signal::SIGKILL)?;
-        waitpid(got, None)?;
-    }
-    bail!("pid {pid} stays taken")
-}
-
-/// The next process we start will be pid 1 of a new namespace.
-fn next_child_is_init() -> Result<()> {
-    setns(File::open("/proc/self/ns/pid")?, CloneFlags::CLONE_NEWPID)?;
+/// Starts `command` as pid 1 of a new namespace.
+fn started_as_init(command: &mut Command) -> Result<Pid> {
     unshare(CloneFlags::CLONE_NEWPID)?;
-    Ok(())
+    let pid = started(command);
+    // Or the engine could make no thread.
+    setns(File::open("/proc/self/ns/pid")?, CloneFlags::CLONE_NEWPID)?;
+    pid
 }
 
 /// What a new init does before it becomes `args`.

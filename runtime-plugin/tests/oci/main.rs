@@ -8,4 +8,3 @@ mod bundle;
 mod checkpoint;
 mod lifecycle;
 mod network;
-mod podman;

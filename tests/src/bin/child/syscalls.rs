@@ -3,8 +3,8 @@
 
 use std::fs;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
-use std::sync::atomic::{AtomicI32, AtomicU32, Ordering};
-use std::thread::JoinHandle;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::mpsc::{Receiver, channel};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, ensure};
@@ -29,7 +29,8 @@ use crate::world::{Scenario, dir};
 const WHILE: Duration = Duration::from_secs(2);
 
 struct Call {
-    thread: Option<JoinHandle<Result<()>>>,
+    /// Says how the call went.
+    result: Receiver<Result<()>>,
     tid: i32,
     /// What makes the call return; without it, time does.
     release: Option<Box<dyn FnOnce() -> Result<()>>>,
@@ -43,41 +44,49 @@ fn blocked(
     call: impl FnOnce() -> Result<()> + Send + 'static,
     release: Option<Box<dyn FnOnce() -> Result<()>>>,
 ) -> Result<Scenario> {
-    static TID: AtomicI32 = AtomicI32::new(0);
     sys::handle(Signal::SIGUSR1, on_interrupt, 0)?;
-    let thread = std::thread::Builder::new().stack_size(64 << 10).spawn(move || {
-        TID.store(gettid().as_raw(), Ordering::SeqCst);
-        call()
+    let (told, tid) = channel();
+    let (tell, result) = channel();
+    std::thread::Builder::new().stack_size(64 << 10).spawn(move || {
+        told.send(gettid().as_raw())?;
+        tell.send(call())?;
+        // Stays, so that the world looks the same when time ended the call.
+        loop {
+            std::thread::park();
+        }
+        #[expect(unreachable_code, reason = "gives the closure its type")]
+        anyhow::Ok(())
     })?;
+    let tid = tid.recv()?;
     let inside = || {
-        let text =
-            fs::read_to_string(format!("/proc/self/task/{}/syscall", TID.load(Ordering::SeqCst)));
+        let text = fs::read_to_string(format!("/proc/self/task/{tid}/syscall"));
         text.is_ok_and(|text| text.split(' ').next() == Some(&number.to_string()))
     };
     while !inside() {
-        ensure!(!thread.is_finished(), "the call ended at once: {:?}", thread.join());
+        if let Ok(result) = result.try_recv() {
+            return Err(anyhow!("the call ended at once: {result:?}"));
+        }
         std::thread::yield_now();
     }
     let check = |state: &mut Call| {
-        let thread = state.thread.take().context("checked twice")?;
         if let Some(release) = state.release.take() {
-            if thread.is_finished() {
-                let result = thread.join().map_err(|_| anyhow!("it panicked"))?;
+            if let Ok(result) = state.result.try_recv() {
                 return Err(anyhow!("the call returned early: {result:?}"));
             }
             release()?;
         }
-        thread.join().map_err(|_| anyhow!("it panicked"))?
+        state.result.recv()?
     };
     let spoil = |state: &mut Call| {
         sys::interrupt(getpid().as_raw(), state.tid, libc::SIGUSR1)?;
-        while state.thread.as_ref().is_some_and(|thread| !thread.is_finished()) {
-            std::thread::yield_now();
-        }
+        let result = state.result.recv()?;
+        // A new world in which the call has failed already.
+        let (tell, failed) = channel();
+        tell.send(result)?;
+        *state = Call { result: failed, tid: state.tid, release: state.release.take() };
         Ok(())
     };
-    let state = Call { thread: Some(thread), tid: TID.load(Ordering::SeqCst), release };
-    Scenario::new(state, check, spoil)
+    Scenario::new(Call { result, tid, release }, check, spoil)
 }
 
 /// A call that must take [`WHILE`] and not much less.
