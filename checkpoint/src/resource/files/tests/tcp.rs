@@ -193,7 +193,6 @@ fn connections_survive_the_move() {
     server(103).read_to_string(&mut last).unwrap();
     assert_eq!(last, "goodbye");
     talk(&server(103), &done, b"answer");
-    assert_eq!(done.read(&mut []).unwrap(), 0);
 
     talk(&v6, &server(104), b"six");
     talk(&server(104), &v6, b"six");
