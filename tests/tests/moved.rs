@@ -1,4 +1,4 @@
-//! Every scenario moves five times in a row, among
+//! Every scenario moves, sleeping and computing, five times in a row, among
 //! the host's processes and as the init of namespaces of its own.
 
 use anyhow::Result;
@@ -13,6 +13,23 @@ mod idle {
                 #[test]
                 fn $name() -> Result<()> {
                     check(stringify!($name), Mood::Idle)
+                }
+            )*
+        };
+    }
+
+    for_each_scenario!(tests);
+}
+
+mod busy {
+    use super::*;
+
+    macro_rules! tests {
+        ($($name:ident)*) => {
+            $(
+                #[test]
+                fn $name() -> Result<()> {
+                    check(stringify!($name), Mood::Busy)
                 }
             )*
         };
