@@ -128,8 +128,10 @@ impl Builder {
                 let [stdin, stdout, stderr] = &self.stdio;
                 let stdio = [stdin.as_fd(), stdout.as_fd(), stderr.as_fd()];
                 let (root, netns) = (self.directory.as_fd(), self.netns.as_fd());
-                let objects = &self.objects;
-                self.files = Some(files::open(&image, &Target { root, netns, stdio, objects })?);
+                let (tasks, objects) = (&self.tasks.0, &self.objects);
+                let host = &|pid| tasks.get(&pid).map(Task::host);
+                let target = Target { root, netns, stdio, objects, host };
+                self.files = Some(files::open(&image, &target)?);
             }
             (Some(_), Kind::Drop) => {
                 let image::Drop { pid, ranges } = decode(body)?;

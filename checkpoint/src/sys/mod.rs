@@ -3,6 +3,7 @@
 
 pub(crate) mod epoll;
 pub(crate) mod fcntl;
+pub(crate) mod inotify;
 pub(crate) mod kcmp;
 pub(crate) mod memory;
 pub(crate) mod process;

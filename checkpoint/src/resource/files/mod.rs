@@ -14,9 +14,12 @@ mod fdinfo;
 mod fin;
 pub(crate) mod ghost;
 mod inet;
+mod inotify;
 pub(crate) mod locks;
+mod netlink;
 mod owner;
 mod parts;
+mod pidfd;
 mod pipe;
 mod regular;
 mod root;
@@ -128,6 +131,12 @@ pub(crate) enum Kind {
     Ghost(ghost::Image),
     /// A directory without a name.
     GhostDirectory(ghost::Directory),
+    /// A handle of the process with this pid.
+    PidFd(i32),
+    /// Watches on files.
+    Inotify(inotify::Image),
+    /// A netlink socket.
+    Netlink(netlink::Image),
 }
 
 /// One fd table.
@@ -272,6 +281,8 @@ impl<'a> Source<'a> {
                 "[eventpoll]" => epoll::dump(id, held, self).map(Kind::Epoll),
                 "[timerfd]" => timerfd::dump(held).map(Kind::TimerFd),
                 "[signalfd]" => signalfd::dump(held).map(Kind::SignalFd),
+                "[pidfd]" => pidfd::dump(held, self).map(Kind::PidFd),
+                "inotify" => inotify::dump(held, self, out).map(Kind::Inotify),
                 _ => Err(Refusal::unmovable(format!("is {}", anon_inode_in_words(name)))),
             };
         }
@@ -292,8 +303,6 @@ fn anon_inode_in_words(name: &str) -> String {
         "[userfaultfd]" => "a userfaultfd",
         "[perf_event]" => "a performance counter",
         "[fanotify]" => "a fanotify group",
-        "[pidfd]" => "a pidfd",
-        "inotify" => "an inotify instance",
         "bpf-map" => "a BPF map",
         "bpf-prog" => "a BPF program",
         "bpf_link" => "a BPF link",
@@ -316,6 +325,8 @@ pub(crate) struct Target<'a> {
     pub(crate) stdio: [BorrowedFd<'a>; 3],
     /// The objects that came with the image, filled.
     pub(crate) objects: &'a Created,
+    /// Finds a process of the container in our pid namespace.
+    pub(crate) host: &'a (dyn Fn(i32) -> Option<Pid> + Sync),
 }
 
 /// Every description of an image, made and filled; no task has them yet.
@@ -360,7 +371,9 @@ pub(crate) fn open(image: &Image, target: &Target<'_>) -> Result<Opened, Restore
         let File { flags, owner: _, locks: _, kind } = file;
         let oflags = OFlags::from_bits_retain(*flags);
         let fd = match kind {
-            Kind::Pipe(_) | Kind::Inet(_) | Kind::Unix(_) => continue,
+            Kind::Pipe(_) | Kind::Inet(_) | Kind::Unix(_) | Kind::Netlink(_) => continue,
+            Kind::PidFd(pid) => pidfd::open(*pid, oflags, target),
+            Kind::Inotify(inotify) => inotify::open(inotify, oflags, target),
             Kind::Stdio(n) => stdio::open(*n, oflags, target),
             Kind::Regular(file) => regular::open(file, oflags, target),
             Kind::Device(device) => device::open(device, oflags, target),

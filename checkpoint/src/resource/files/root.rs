@@ -1,12 +1,12 @@
 //! Paths as the container sees them.
 
 use std::{
-    collections::HashSet,
+    collections::HashMap,
     ffi::OsStr,
     fs, io,
     os::{
         fd::{AsFd, BorrowedFd, OwnedFd},
-        unix::ffi::OsStrExt,
+        unix::ffi::{OsStrExt, OsStringExt},
     },
     path::{Path, PathBuf},
 };
@@ -22,7 +22,14 @@ pub(super) struct Root {
     /// Where it is in the paths the kernel shows us: `/` unless the tree is
     /// merely chrooted.
     prefix: PathBuf,
-    mounts: HashSet<u64>,
+    mounts: HashMap<u64, Mount>,
+}
+
+/// One mount of the container.
+struct Mount {
+    device: (u32, u32),
+    /// Where it is, as the container sees it.
+    point: PathBuf,
 }
 
 impl Root {
@@ -33,16 +40,16 @@ impl Root {
             OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC,
             Mode::empty(),
         )?;
-        let mounts = fs::read_to_string(format!("/proc/{init}/mountinfo"))?
-            .lines()
-            .filter_map(|line| line.split(' ').next()?.parse().ok())
+        let mounts = fs::read(format!("/proc/{init}/mountinfo"))?
+            .split(|byte| *byte == b'\n')
+            .filter_map(mount)
             .collect();
         Ok(Self { fd, prefix: fs::read_link(link)?, mounts })
     }
 
     /// The path of a file inside the container; `None` when it is outside.
     pub(super) fn path(&self, held: &Held) -> Option<PathBuf> {
-        if !self.mounts.contains(&held.info.mnt_id) {
+        if !self.mounts.contains_key(&held.info.mnt_id) {
             return None;
         }
         self.inside(held.path())
@@ -53,13 +60,50 @@ impl Root {
         Some(Path::new("/").join(link.strip_prefix(&self.prefix).ok()?))
     }
 
+    /// Mount points of the file system with this device number.
+    pub(super) fn mounts_of(&self, device: (u32, u32)) -> impl Iterator<Item = &Path> {
+        let here = self.mounts.values().filter(move |mount| mount.device == device);
+        here.map(|mount| &*mount.point)
+    }
+
+    /// Opens a path of the container.
+    pub(super) fn open(&self, path: &[u8], flags: OFlags) -> io::Result<OwnedFd> {
+        resolve(self.fd.as_fd(), path, flags)
+    }
+
     /// Whether `path` still leads to this very file.
     pub(super) fn leads_to(&self, path: &Path, held: &Held) -> bool {
-        let found =
-            resolve(self.fd.as_fd(), path.as_os_str().as_bytes(), OFlags::PATH | OFlags::NOFOLLOW)
-                .and_then(|fd| Ok(rustix::fs::fstat(fd)?));
+        let found = self
+            .open(path.as_os_str().as_bytes(), OFlags::PATH | OFlags::NOFOLLOW)
+            .and_then(|fd| Ok(rustix::fs::fstat(fd)?));
         found.is_ok_and(|stat| (stat.st_dev, stat.st_ino) == held.object())
     }
+}
+
+/// `36 35 98:0 /mnt1 /mnt2 rw,noatime …`: id, parent, device, root, mount point.
+fn mount(line: &[u8]) -> Option<(u64, Mount)> {
+    let mut words = line.split(|byte| *byte == b' ');
+    let text = |word: &[u8]| String::from_utf8(word.to_vec()).ok();
+    let id = text(words.next()?)?.parse().ok()?;
+    let device = text(words.nth(1)?)?;
+    let (major, minor) = device.split_once(':')?;
+    let point = unescape(words.nth(1)?);
+    let device = (major.parse().ok()?, minor.parse().ok()?);
+    Some((id, Mount { device, point: PathBuf::from(std::ffi::OsString::from_vec(point)) }))
+}
+
+/// The kernel writes blanks and backslashes as three octal digits.
+fn unescape(mut word: &[u8]) -> Vec<u8> {
+    let mut out = Vec::with_capacity(word.len());
+    while let Some((first, rest)) = word.split_first() {
+        let escaped = rest
+            .get(..3)
+            .filter(|_| *first == b'\\')
+            .and_then(|digits| u8::from_str_radix(std::str::from_utf8(digits).ok()?, 8).ok());
+        out.push(escaped.unwrap_or(*first));
+        word = if escaped.is_some() { &rest[3..] } else { rest };
+    }
+    out
 }
 
 /// Opens a path of the container; no `..`, symlink or mount leads out of `root`.

@@ -12,7 +12,7 @@ use nix::{sched::CloneFlags, unistd::Pid};
 use rustix::net::{AddressFamily, Protocol, SocketFlags, SocketType, socket_with};
 
 use super::{
-    Collector, Doing, Failure, File, Kind, Making, Refusal, Target, in_netns, inet,
+    Collector, Doing, Failure, File, Kind, Making, Refusal, Target, in_netns, inet, netlink,
     sockdiag::{self, UnixSocket},
     table::Held,
     unix,
@@ -83,6 +83,7 @@ pub(super) fn dump(
         ));
     }
     match (family, kind, protocol) {
+        (libc::AF_NETLINK, ..) => netlink::dump(held, kind, protocol).map(Kind::Netlink),
         (libc::AF_UNIX, ..) => unix::dump(id, held, kind, source, out).map(Kind::Unix),
         (libc::AF_INET | libc::AF_INET6, libc::SOCK_STREAM, libc::IPPROTO_TCP)
         | (libc::AF_INET | libc::AF_INET6, libc::SOCK_DGRAM, libc::IPPROTO_UDP) => {
@@ -99,7 +100,6 @@ fn in_words(family: i32, kind: i32, protocol: i32) -> String {
         (libc::AF_INET | libc::AF_INET6, _, libc::IPPROTO_UDPLITE) => "a UDP-Lite socket",
         (libc::AF_INET | libc::AF_INET6, libc::SOCK_RAW, _) => "a raw IP socket",
         (libc::AF_INET | libc::AF_INET6, libc::SOCK_DGRAM, _) => "an ICMP socket",
-        (libc::AF_NETLINK, ..) => "a netlink socket",
         (libc::AF_PACKET, ..) => "a packet socket",
         (libc::AF_VSOCK, ..) => "a vsock",
         (libc::AF_ALG, ..) => "a kernel crypto socket",
@@ -116,9 +116,15 @@ pub(super) fn open(
     target: &Target<'_>,
     made: &mut [Option<OwnedFd>],
 ) -> Result<Vec<unix::Placed>, (usize, Failure)> {
-    let is_socket = |file: &File| matches!(file.kind, Kind::Inet(_) | Kind::Unix(_));
+    let is_socket =
+        |file: &File| matches!(file.kind, Kind::Inet(_) | Kind::Unix(_) | Kind::Netlink(_));
     let Some(first) = files.iter().position(is_socket) else { return Ok(Vec::new()) };
     enter(target).making("enter the container").map_err(|err| (first, err))?;
+    for (id, file) in files.iter().enumerate() {
+        if let Kind::Netlink(image) = &file.kind {
+            made[id] = Some(netlink::open(image, file.flags).map_err(|err| (id, err))?);
+        }
+    }
     for (id, fd) in inet::open(files)? {
         made[id] = Some(fd);
     }

@@ -180,6 +180,19 @@ const UDP: [i32; 6] = [
     104, // UDP_GRO
 ];
 
+/// `int`s of netlink.
+const NETLINK: [i32; 6] = [
+    3,  // NETLINK_PKTINFO
+    4,  // NETLINK_BROADCAST_ERROR
+    5,  // NETLINK_NO_ENOBUFS
+    8,  // NETLINK_LISTEN_ALL_NSID
+    10, // NETLINK_CAP_ACK
+    11, // NETLINK_EXT_ACK
+];
+
+/// Level of netlink's options.
+const SOL_NETLINK: i32 = 270;
+
 /// Every option with its size.
 fn known() -> impl Iterator<Item = (i32, i32, usize)> {
     let ints = |level: i32, names: &'static [i32]| names.iter().map(move |name| (level, *name, 4));
@@ -192,6 +205,7 @@ fn known() -> impl Iterator<Item = (i32, i32, usize)> {
         .chain(ints(libc::IPPROTO_IP, &IP))
         .chain(ints(libc::IPPROTO_TCP, &TCP))
         .chain(ints(libc::IPPROTO_UDP, &UDP))
+        .chain(ints(SOL_NETLINK, &NETLINK))
         .chain([(libc::IPPROTO_TCP, libc::TCP_CONGESTION, LONGEST)])
 }
 
@@ -207,6 +221,7 @@ fn applies(level: i32, name: i32, family: i32, protocol: i32) -> bool {
     }
     match level {
         libc::SOL_SOCKET => true,
+        SOL_NETLINK => family == libc::AF_NETLINK,
         libc::IPPROTO_IPV6 => family == libc::AF_INET6,
         libc::IPPROTO_IP => family == libc::AF_INET || family == libc::AF_INET6,
         _ => protocol == level && (family == libc::AF_INET || family == libc::AF_INET6),

@@ -6,6 +6,7 @@
 mod basics;
 mod epolls;
 mod ghosts;
+mod kernel;
 mod pipes;
 mod sockets;
 mod tcp;
@@ -55,7 +56,10 @@ const WORLDS: &[(&str, fn())] = &[
     ("counters", basics::counters),
     ("shared", basics::shared),
     ("ghosts", ghosts::ghosts),
-    ("inotify", basics::inotify),
+    ("unmovable", basics::unmovable),
+    ("inotify", kernel::inotify),
+    ("pidfd", kernel::pidfd),
+    ("netlink", kernel::netlink),
     ("locks", basics::locks),
     ("owners", basics::owners),
     ("pipes", pipes::pipes),
@@ -168,6 +172,15 @@ impl Holder {
     fn say(&mut self, word: &str) {
         self.child.stdin.as_mut().unwrap().write_all(b"\n").unwrap();
         self.wait_for(word);
+    }
+
+    /// Runs a command in a network namespace.
+    fn within(netns: &OwnedFd, line: &str) {
+        let mut words = line.split(' ');
+        let mut command = Command::new(words.next().unwrap());
+        command.args(words);
+        let status = super::in_netns(netns.as_fd(), || command.status()).unwrap();
+        assert!(status.success(), "{line}");
     }
 
     fn pid(&self) -> Pid {
@@ -320,6 +333,7 @@ impl Restored {
             netns: netns.as_fd(),
             stdio: [stdio[0].as_fd(), stdio[1].as_fd(), stdio[2].as_fd()],
             objects: &objects,
+            host: &|_| Some(Pid::this()),
         };
         let mut opened = open(&image, &target)?;
         objects.seal().unwrap();

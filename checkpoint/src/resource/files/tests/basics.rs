@@ -8,7 +8,7 @@ use std::{
 
 use rustix::{
     event::EventfdFlags,
-    fs::inotify,
+    net::{AddressFamily, SocketType},
     time::{
         ClockId, Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, Timespec,
         clock_gettime, timerfd_create, timerfd_gettime, timerfd_settime,
@@ -211,19 +211,20 @@ fn shared_descriptions_stay_shared() {
     assert_eq!(restored.info(102).pos, 0);
 }
 
-pub(super) fn inotify() {
-    put(inotify::init(inotify::CreateFlags::CLOEXEC).unwrap(), 100);
+pub(super) fn unmovable() {
+    let (family, kind) = (AddressFamily::PACKET, SocketType::DGRAM);
+    put(rustix::net::socket(family, kind, None).unwrap(), 100);
 }
 
 #[test]
 fn what_cannot_move_is_refused_by_name() {
-    let Some(holder) = Holder::start("inotify") else { return };
+    let Some(holder) = Holder::start("unmovable") else { return };
     let findings = holder.inspect(&Options::default());
     let name = format!("fd 100 of pid {}", holder.pid());
     let [finding] = refusals(&findings)[..] else { panic!("{findings:?}") };
     assert_eq!(
         (&finding.object, &*finding.reason),
-        (&name, "is an inotify instance, which cannot be moved")
+        (&name, "is a packet socket, which cannot be moved")
     );
     let Err(DumpError::Refused(refused)) = holder.try_dump(&Options::default()) else { panic!() };
     assert_eq!(&*refused, finding);

@@ -174,7 +174,8 @@ fn empty() -> Opened {
     let (root, netns) = (root(), new_netns());
     let stdio = [root.as_fd(); 3];
     let objects = &Created::default();
-    let target = Target { root: root.as_fd(), netns: netns.as_fd(), stdio, objects };
+    let host = &|_| None;
+    let target = Target { root: root.as_fd(), netns: netns.as_fd(), stdio, objects, host };
     open(&Image::default(), &target).unwrap()
 }
 
@@ -188,7 +189,8 @@ fn a_dropped_restore_leaves_no_trace() {
     let (root, netns) = (root(), new_netns());
     let stdio = [root.as_fd(); 3];
     let objects = &Created::default();
-    let target = Target { root: root.as_fd(), netns: netns.as_fd(), stdio, objects };
+    let host = &|_| None;
+    let target = Target { root: root.as_fd(), netns: netns.as_fd(), stdio, objects, host };
     drop(open(&image, &target).unwrap());
     use std::os::unix::fs::MetadataExt;
     assert_eq!(fs::metadata(&path).unwrap().ino(), before.ino());
