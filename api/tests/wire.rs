@@ -328,6 +328,8 @@ fn golden() -> Vec<(&'static str, Message)> {
         ("cancel", Message::Cancel(problem.clone())),
         ("error", Message::Error(problem)),
         ("heartbeat", Message::Heartbeat),
+        ("sync", Message::Sync),
+        ("synced", Message::Synced),
     ]
 }
 

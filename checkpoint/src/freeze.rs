@@ -39,11 +39,16 @@ const VFORK_PATIENCE: u32 = 200;
 /// Stops every thread of the tree below `root`.
 pub(crate) fn freeze(root: Pid) -> Result<FrozenTree, DumpError> {
     for _ in 0..VFORK_PATIENCE {
-        match try_freeze(root)? {
-            Attempt::Frozen(tree) => return Ok(tree),
+        match try_freeze(root) {
+            Ok(Attempt::Frozen(tree)) => return Ok(tree),
             // The parent cannot stop before its child has called exec, and the
             // child, once stopped, never does: let both go and come back.
-            Attempt::InVfork => std::thread::sleep(Duration::from_millis(1)),
+            Ok(Attempt::InVfork) => std::thread::sleep(Duration::from_millis(1)),
+            // Ended just then, as the processes of a busy shell do.
+            Err(DumpError::Vanished(pid)) if pid != root => {
+                tracing::debug!(%pid, "ended while the tree was stopped");
+            }
+            Err(err) => return Err(err),
         }
     }
     let source = io::Error::other("it waits for the child of a vfork that does not call exec");

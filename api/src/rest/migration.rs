@@ -20,6 +20,22 @@ pub enum TcpPolicy {
     Refuse,
 }
 
+/// When memory moves.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum Mechanism {
+    /// Ahead of the freeze where that is safe, otherwise in it.
+    #[default]
+    Auto,
+    /// All of it in the freeze.
+    TotalCopy,
+    /// Ahead of the freeze; where that is not safe the migration is refused.
+    PreCopy,
+}
+
+/// Downtime aimed at unless another is asked for, in milliseconds.
+pub const DOWNTIME_MS: u32 = 50;
+
 /// What is asked of one migration.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct MigrateOptions {
@@ -35,6 +51,12 @@ pub struct MigrateOptions {
     /// Accept a controlling terminal from outside.
     #[serde(default)]
     pub shell_job: bool,
+    /// When memory moves.
+    #[serde(default)]
+    pub mechanism: Mechanism,
+    /// Downtime aimed at, in milliseconds; default [`DOWNTIME_MS`].
+    #[serde(default)]
+    pub downtime_ms: Option<u32>,
 }
 
 /// Asks for a migration, or for the verdict on one.
@@ -58,15 +80,28 @@ pub struct MigrateRequest {
     /// Accept a controlling terminal from outside.
     #[serde(default)]
     pub shell_job: bool,
+    /// When memory moves.
+    #[serde(default)]
+    pub mechanism: Mechanism,
+    /// Downtime aimed at, in milliseconds; default [`DOWNTIME_MS`].
+    #[serde(default)]
+    pub downtime_ms: Option<u32>,
 }
 
 impl MigrateRequest {
     /// A request with nothing but its destination.
     #[must_use]
     pub fn to(to: impl Into<String>) -> Self {
-        let (tcp, file_locks, external_unix, shell_job) =
-            (TcpPolicy::default(), false, false, false);
-        Self { to: to.into(), bundle: None, tcp, file_locks, external_unix, shell_job }
+        Self {
+            to: to.into(),
+            bundle: None,
+            tcp: TcpPolicy::default(),
+            file_locks: false,
+            external_unix: false,
+            shell_job: false,
+            mechanism: Mechanism::default(),
+            downtime_ms: None,
+        }
     }
 
     /// What of it concerns the engine.
@@ -77,6 +112,8 @@ impl MigrateRequest {
             file_locks: self.file_locks,
             external_unix: self.external_unix,
             shell_job: self.shell_job,
+            mechanism: self.mechanism,
+            downtime_ms: self.downtime_ms,
         }
     }
 }
@@ -146,6 +183,15 @@ pub struct Report {
     pub pages: u64,
     /// Bytes of image sent.
     pub bytes: u64,
+    /// Rounds of memory sent ahead of the freeze.
+    #[serde(default)]
+    pub rounds: u32,
+    /// Of the bytes, those sent ahead.
+    #[serde(default)]
+    pub ahead_bytes: u64,
+    /// The longest the container stood still for a round to begin.
+    #[serde(default)]
+    pub watch_us: u64,
 }
 
 /// A migration, out of this node or into it.

@@ -13,8 +13,8 @@ pub use container::{CheckpointRequest, Container, HookState, Origin, RestoreRequ
 pub use drain::{Drain, DrainRequest, DrainState};
 pub use id::{BadId, ContainerId};
 pub use migration::{
-    Event, MigrateOptions, MigrateRequest, Migration, Phase, Progress, Report, ResolveRequest,
-    Runs, TcpPolicy,
+    DOWNTIME_MS, Event, Mechanism, MigrateOptions, MigrateRequest, Migration, Phase, Progress,
+    Report, ResolveRequest, Runs, TcpPolicy,
 };
 pub use node::{Node, Peer};
 pub use peer::{Acceptance, CanAccept, Instance, PeerMigration, PeerOutcome};

@@ -104,6 +104,8 @@ impl DestinationLink {
                     return Err(LinkError::CutShort { had: self.came.bytes, said: end.bytes });
                 }
                 Frame::Message(Message::Heartbeat) => {}
+                // Whoever asks for the next record has dealt with the last.
+                Frame::Message(Message::Sync) => self.say(&Message::Synced)?,
                 Frame::Message(Message::Cancel(why) | Message::Error(why)) => {
                     return Err(LinkError::Peer(why));
                 }

@@ -30,6 +30,10 @@ pub enum Kind {
     Error = 12,
     /// The sender lives.
     Heartbeat = 13,
+    /// Say when you have come this far.
+    Sync = 14,
+    /// Everything before `Sync` is in place.
+    Synced = 15,
 }
 
 impl TryFrom<u16> for Kind {
@@ -50,6 +54,8 @@ impl TryFrom<u16> for Kind {
             11 => Self::Cancel,
             12 => Self::Error,
             13 => Self::Heartbeat,
+            14 => Self::Sync,
+            15 => Self::Synced,
             _ => return Err(FrameError::UnknownKind(raw)),
         })
     }
@@ -197,7 +203,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn what_decodes_encodes_back(raw in any::<[u8; PREFIX]>(), kind in 1u16..14, len in 0..MAX_MESSAGE) {
+        fn what_decodes_encodes_back(raw in any::<[u8; PREFIX]>(), kind in 1u16..16, len in 0..MAX_MESSAGE) {
             if let Ok(prefix) = Prefix::decode(raw) {
                 prop_assert_eq!(prefix.encode(), raw);
             }

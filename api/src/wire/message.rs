@@ -138,6 +138,10 @@ pub enum Message {
     Error(Problem),
     /// [`Kind::Heartbeat`].
     Heartbeat,
+    /// [`Kind::Sync`].
+    Sync,
+    /// [`Kind::Synced`].
+    Synced,
 }
 
 impl Message {
@@ -157,6 +161,8 @@ impl Message {
             Self::Cancel(_) => Kind::Cancel,
             Self::Error(_) => Kind::Error,
             Self::Heartbeat => Kind::Heartbeat,
+            Self::Sync => Kind::Sync,
+            Self::Synced => Kind::Synced,
         }
     }
 
@@ -173,7 +179,7 @@ impl Message {
             Self::Ready(sums) => postcard::to_stdvec(sums),
             Self::Commit(token) => postcard::to_stdvec(token),
             Self::Running(arrived) => postcard::to_stdvec(arrived),
-            Self::Prepared | Self::Heartbeat => Ok(Vec::new()),
+            Self::Prepared | Self::Heartbeat | Self::Sync | Self::Synced => Ok(Vec::new()),
         };
         body.map_err(|_| FrameError::Body(self.kind()))
     }
@@ -199,6 +205,8 @@ impl Message {
             Kind::Cancel => Self::Cancel(parse(kind, body)?),
             Kind::Error => Self::Error(parse(kind, body)?),
             Kind::Heartbeat => parse(kind, body).map(|()| Self::Heartbeat)?,
+            Kind::Sync => parse(kind, body).map(|()| Self::Sync)?,
+            Kind::Synced => parse(kind, body).map(|()| Self::Synced)?,
             Kind::Image => return Err(FrameError::Body(kind)),
         })
     }
@@ -219,7 +227,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn what_decodes_encodes_to_the_same_meaning(kind in 1u16..14, body in prop::collection::vec(any::<u8>(), 0..96)) {
+        fn what_decodes_encodes_to_the_same_meaning(kind in 1u16..16, body in prop::collection::vec(any::<u8>(), 0..96)) {
             let kind = Kind::try_from(kind).unwrap();
             if let Ok(message) = Message::decode(kind, &body) {
                 prop_assert_eq!(message.kind(), kind);

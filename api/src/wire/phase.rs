@@ -16,7 +16,8 @@ pub enum Side {
 ///
 /// ```text
 /// Start -Hello-> Greeted -HelloAck-> Agreed -Offer-> Offered -Prepared-> Copying
-///   Copying -Image-> Copying -ImageEnd-> Filled -Ready-> Ready -Commit-> Committed
+///   Copying -Image, Sync-> Copying -Synced-> Copying
+///   Copying -ImageEnd-> Filled -Ready-> Ready -Commit-> Committed
 ///   Committed -Running-> Over      Refused, Cancel, Error -> Over
 /// ```
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -64,7 +65,8 @@ impl Phase {
             (Self::Agreed, Source, Kind::Offer) => Self::Offered,
             (Self::Offered, Destination, Kind::Prepared) => Self::Copying,
             (Self::Greeted | Self::Offered, Destination, Kind::Refused) => Self::Over,
-            (Self::Copying, Source, Kind::Image) => Self::Copying,
+            (Self::Copying, Source, Kind::Image | Kind::Sync)
+            | (Self::Copying, Destination, Kind::Synced) => Self::Copying,
             (Self::Copying, Source, Kind::ImageEnd) => Self::Filled,
             (Self::Filled, Destination, Kind::Ready) => Self::Ready,
             (Self::Ready, Source, Kind::Commit) => Self::Committed,

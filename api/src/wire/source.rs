@@ -140,6 +140,15 @@ impl SourceLink {
         self.sent
     }
 
+    /// Waits until the destination has dealt with everything sent so far.
+    pub fn sync(&mut self) -> Result<(), LinkError> {
+        self.say(&Message::Sync)?;
+        match self.hear()? {
+            Message::Synced => Ok(()),
+            other => Err(self.misplaced(&other)),
+        }
+    }
+
     /// Ends the image.
     pub fn finish(&mut self) -> Result<(), LinkError> {
         self.say(&Message::ImageEnd(self.sent))
@@ -253,8 +262,10 @@ fn watch(
                     .map_err(LinkError::Io),
                 heard => heard,
             };
-            let last =
-                !matches!(heard, Ok(Message::HelloAck(_) | Message::Prepared | Message::Ready(_)));
+            let last = !matches!(
+                heard,
+                Ok(Message::HelloAck(_) | Message::Prepared | Message::Synced | Message::Ready(_))
+            );
             let broken = last && !matches!(heard, Ok(Message::Running(_)));
             // Nobody listens any more when the source has given up.
             let heeded = tell.send(heard).is_ok();

@@ -11,7 +11,7 @@ use anyhow::Result;
 use clap::{Args, Subcommand};
 use dunlin_api::Problem;
 use dunlin_api::client::{Client, Endpoint};
-use dunlin_api::rest::{ContainerId, MigrateRequest, ResolveRequest, Runs, TcpPolicy};
+use dunlin_api::rest::{ContainerId, Mechanism, MigrateRequest, ResolveRequest, Runs, TcpPolicy};
 use uuid::Uuid;
 
 use crate::commands::{print, print_json};
@@ -87,6 +87,12 @@ pub(crate) struct Migrate {
     /// Accept a controlling terminal from outside
     #[arg(long)]
     shell_job: bool,
+    /// When memory moves: auto, total-copy (all in the freeze) or pre-copy
+    #[arg(long, default_value = "auto", value_parser = mechanism)]
+    mechanism: Mechanism,
+    /// Downtime aimed at, in milliseconds [default: 50]
+    #[arg(long, value_name = "MS")]
+    downtime_ms: Option<u32>,
     #[command(flatten)]
     common: Common,
 }
@@ -175,6 +181,8 @@ impl Migrate {
             file_locks: self.file_locks,
             external_unix: self.ext_unix_sk,
             shell_job: self.shell_job,
+            mechanism: self.mechanism,
+            downtime_ms: self.downtime_ms,
         }
     }
 }
@@ -222,6 +230,15 @@ fn tcp_policy(text: &str) -> Result<TcpPolicy, String> {
         "close" => Ok(TcpPolicy::Close),
         "refuse" => Ok(TcpPolicy::Refuse),
         _ => Err("expected keep, close or refuse".into()),
+    }
+}
+
+fn mechanism(text: &str) -> Result<Mechanism, String> {
+    match text {
+        "auto" => Ok(Mechanism::Auto),
+        "total-copy" => Ok(Mechanism::TotalCopy),
+        "pre-copy" => Ok(Mechanism::PreCopy),
+        _ => Err("expected auto, total-copy or pre-copy".into()),
     }
 }
 

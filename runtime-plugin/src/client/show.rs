@@ -127,7 +127,7 @@ pub(crate) fn node(node: &Node) -> String {
 pub(crate) fn report(migration: &Migration, report: &Report) -> String {
     format!(
         "{} runs at {}: it stood still for {} ({} frozen, {} sent, {} built, {} switched), \
-         {} in all, {} bytes, {} processes",
+         {} in all, {} bytes, {} of them in {} rounds ahead, {} processes",
         migration.container,
         migration.peer,
         millis(report.downtime_us),
@@ -137,6 +137,8 @@ pub(crate) fn report(migration: &Migration, report: &Report) -> String {
         millis(report.commit_us),
         millis(report.total_us),
         report.bytes,
+        report.ahead_bytes,
+        report.rounds,
         report.processes,
     )
 }

@@ -1,7 +1,7 @@
 //! The source of one migration, in a process of its own, blocking.
 //!
 //! ```text
-//! judge -> greet, offer -> freeze -> dump -> (may commit?) -> ready
+//! judge -> greet, offer -> rounds of memory -> freeze -> dump -> (may commit?) -> ready
 //!       -> leave it stopped -> Commit -> Running -> end it
 //! ```
 //!
@@ -9,6 +9,8 @@
 //! a value whose drop thaws it, and a tracer that is killed lets go of its
 //! tracees. From just before `Commit` it is stopped by itself instead, so that
 //! not even the end of this process lets it run: it may run elsewhere by then.
+
+mod rounds;
 
 use std::{
     io::{self, BufRead, BufReader, IoSlice, Write},
@@ -20,8 +22,8 @@ use std::{
 use dunlin_api::{
     ErrorCode, Problem,
     rest::{
-        ContainerId, Finding, Judgement, MigrateOptions, Phase, Report, SourceState, TcpPolicy,
-        Verdict,
+        ContainerId, Finding, Judgement, Mechanism, MigrateOptions, Phase, Report, SourceState,
+        TcpPolicy, Verdict,
     },
     wire::{
         Canceller, Clocks, Limits, LinkError, Needs, Offer, PeerReady, SourceLink, Sums, Unanswered,
@@ -29,7 +31,7 @@ use dunlin_api::{
     worker::{Event, Reply},
 };
 use dunlin_checkpoint::{
-    self as engine, DumpError, DumpReport, Frozen,
+    self as engine, DumpError, DumpReport, Frozen, Precopy, RoundReport,
     image::{self, ImageSink},
 };
 use nix::{
@@ -38,11 +40,9 @@ use nix::{
 };
 use serde::{Deserialize, Serialize};
 
+use self::rounds::Rounds;
 use super::tree;
 use crate::{host::Host, process::Process};
-
-/// How often a freeze is tried.
-const FREEZES: usize = 5;
 
 /// Least time between two reports of progress.
 const PROGRESS: Duration = Duration::from_millis(100);
@@ -129,11 +129,22 @@ fn work(job: &Job, shim: &mut Shim) -> Result<(), Problem> {
 /// A running tree, as far as the hand-over is concerned. The tests have
 /// another one than [`Container`].
 pub(crate) trait Tree {
+    /// What is known of memory sent ahead.
+    type Ahead;
     /// The same tree, stopped.
     type Frozen;
 
+    /// Refuses what cannot move; says how memory can be sent ahead, and if it
+    /// cannot, why.
+    fn prepare(&self) -> Result<Result<Self::Ahead, String>, DumpError>;
+    /// Sends memory ahead while the tree runs.
+    fn round(
+        &self,
+        ahead: &mut Self::Ahead,
+        sink: &mut dyn ImageSink,
+    ) -> Result<RoundReport, DumpError>;
     /// Stops it.
-    fn freeze(&self) -> Result<Self::Frozen, DumpError>;
+    fn freeze(&self, ahead: Option<Self::Ahead>) -> Result<Self::Frozen, DumpError>;
     /// Writes its image.
     fn dump(
         &self,
@@ -177,10 +188,19 @@ pub(crate) fn migrate<T: Tree>(
     shim.tell(&Event::Source(SourceState::Preparing));
     link.offer(offer).map_err(broken)?;
 
+    let mut rounds = Rounds::new(&offer.options);
+    let ahead = match send_ahead(tree, offer, &mut link, shim, &mut rounds) {
+        Ok(ahead) => ahead,
+        Err(problem) => {
+            link.cancel(problem.clone());
+            return Err(problem);
+        }
+    };
+
     shim.tell(&Event::Source(SourceState::Frozen));
     let since = Instant::now();
     let undumpable = |err: DumpError| Problem::new(dump_code(&err), &object, chain(&err));
-    let mut frozen = match freeze(tree) {
+    let mut frozen = match tree.freeze(ahead) {
         Ok(frozen) => frozen,
         Err(err) => {
             let problem = undumpable(err);
@@ -188,7 +208,7 @@ pub(crate) fn migrate<T: Tree>(
             return Err(problem);
         }
     };
-    let mut sink = Sink { link: &mut link, failure: None, shim: &mut *shim, told: since };
+    let mut sink = Sink::new(&mut link, &mut *shim, Phase::Frozen);
     let dumped = match tree.dump(&mut frozen, &mut sink) {
         Ok(dumped) => dumped,
         Err(err) => {
@@ -237,8 +257,11 @@ pub(crate) fn migrate<T: Tree>(
                 thaw_us: arrived.thaw_us,
                 processes: sums.processes,
                 threads: sums.threads,
-                pages: dumped.pages,
+                pages: rounds.pages + dumped.pages,
                 bytes: bytes.bytes,
+                rounds: rounds.count,
+                ahead_bytes: rounds.bytes,
+                watch_us: rounds.watch_us,
             })
         }
         Err(Unanswered::NotSent) => {
@@ -257,16 +280,53 @@ pub(crate) fn migrate<T: Tree>(
     }
 }
 
-/// Stops the tree; begins anew where a process ended just then, as those of a
-/// busy shell do.
-fn freeze<T: Tree>(tree: &T) -> Result<T::Frozen, DumpError> {
-    for _ in 1..FREEZES {
-        match tree.freeze() {
-            Err(DumpError::Vanished(pid)) => tracing::debug!(%pid, "ended while it was frozen"),
-            frozen => return frozen,
+/// Sends memory in rounds while the tree runs, until little is left to send.
+fn send_ahead<T: Tree>(
+    tree: &T,
+    offer: &Offer,
+    link: &mut SourceLink,
+    shim: &mut impl Overseer,
+    rounds: &mut Rounds,
+) -> Result<Option<T::Ahead>, Problem> {
+    let object = offer.container.to_string();
+    let broken = |err: LinkError| match err {
+        LinkError::Peer(problem) => problem,
+        err => Problem::new(err.code(), &object, chain(&err)),
+    };
+    let undumpable = |err: DumpError| Problem::new(dump_code(&err), &object, chain(&err));
+    if offer.options.mechanism == Mechanism::TotalCopy {
+        return Ok(None);
+    }
+    let mut ahead = match tree.prepare().map_err(undumpable)? {
+        Ok(ahead) => ahead,
+        Err(reason) if offer.options.mechanism == Mechanism::PreCopy => {
+            let detail = format!("memory cannot be sent ahead: {reason}");
+            return Err(Problem::new(ErrorCode::Unmovable, &object, detail));
+        }
+        Err(reason) => {
+            tracing::info!(%reason, "memory is sent in the freeze");
+            return Ok(None);
+        }
+    };
+    shim.tell(&Event::Source(SourceState::Copying));
+    loop {
+        let since = Instant::now();
+        let mut sink = Sink::new(link, shim, Phase::Copying);
+        let report =
+            tree.round(&mut ahead, &mut sink).map_err(|err| match sink.failure.take() {
+                Some(failure) => broken(failure),
+                None => undumpable(err),
+            })?;
+        link.sync().map_err(broken)?;
+        let took = since.elapsed();
+        let why = rounds.add(&report, took);
+        let (round, pages, elapsed_ms) = (rounds.count, report.pages, took.as_millis());
+        tracing::info!(round, pages, elapsed_ms, "memory round sent");
+        if let Some(why) = why {
+            tracing::info!(round, why, "freezing");
+            return Ok(Some(ahead));
         }
     }
-    tree.freeze()
 }
 
 /// Lets the engine write into the link and keeps the link's own error, which
@@ -275,7 +335,14 @@ struct Sink<'a, O> {
     link: &'a mut SourceLink,
     failure: Option<LinkError>,
     shim: &'a mut O,
+    phase: Phase,
     told: Instant,
+}
+
+impl<'a, O> Sink<'a, O> {
+    fn new(link: &'a mut SourceLink, shim: &'a mut O, phase: Phase) -> Self {
+        Self { link, failure: None, shim, phase, told: Instant::now() }
+    }
 }
 
 impl<O: Overseer> ImageSink for Sink<'_, O> {
@@ -288,7 +355,7 @@ impl<O: Overseer> ImageSink for Sink<'_, O> {
         if PROGRESS <= self.told.elapsed() {
             self.told = Instant::now();
             let sent = self.link.sent();
-            let (phase, bytes, records) = (Phase::Frozen, sent.bytes, sent.records);
+            let (phase, bytes, records) = (self.phase, sent.bytes, sent.records);
             self.shim.tell(&Event::Progress { phase, bytes, records });
         }
         Ok(())
@@ -299,10 +366,26 @@ impl<O: Overseer> ImageSink for Sink<'_, O> {
 struct Container<'a>(&'a Job);
 
 impl Tree for Container<'_> {
+    type Ahead = Precopy;
     type Frozen = Frozen;
 
-    fn freeze(&self) -> Result<Frozen, DumpError> {
-        engine::freeze(Pid::from_raw(self.0.init.pid), &self.0.engine_options())
+    fn prepare(&self) -> Result<Result<Precopy, String>, DumpError> {
+        Precopy::start(Pid::from_raw(self.0.init.pid), &self.0.engine_options())
+    }
+
+    fn round(
+        &self,
+        ahead: &mut Precopy,
+        sink: &mut dyn ImageSink,
+    ) -> Result<RoundReport, DumpError> {
+        ahead.round(sink)
+    }
+
+    fn freeze(&self, ahead: Option<Precopy>) -> Result<Frozen, DumpError> {
+        match ahead {
+            Some(ahead) => ahead.freeze(),
+            None => engine::freeze(Pid::from_raw(self.0.init.pid), &self.0.engine_options()),
+        }
     }
 
     fn dump(&self, frozen: &mut Frozen, sink: &mut dyn ImageSink) -> Result<DumpReport, DumpError> {

@@ -45,9 +45,21 @@ impl Drop for FakeFrozen<'_> {
 }
 
 impl<'a> Tree for &'a Fake {
+    type Ahead = ();
     type Frozen = FakeFrozen<'a>;
 
-    fn freeze(&self) -> Result<FakeFrozen<'a>, DumpError> {
+    fn prepare(&self) -> Result<Result<(), String>, DumpError> {
+        Ok(Ok(()))
+    }
+
+    fn round(&self, _: &mut (), sink: &mut dyn ImageSink) -> Result<RoundReport, DumpError> {
+        assert_eq!(self.is.get(), Original::Runs);
+        sink.put(5, &[IoSlice::new(&[3; 4096])]).map_err(DumpError::Sink)?;
+        Ok(RoundReport { pages: 1, bytes: 4096, ..RoundReport::default() })
+    }
+
+    fn freeze(&self, ahead: Option<()>) -> Result<FakeFrozen<'a>, DumpError> {
+        assert!(ahead.is_some());
         assert_eq!(self.is.replace(Original::Frozen), Original::Runs);
         Ok(FakeFrozen(&self.is))
     }
@@ -225,8 +237,8 @@ fn never_two_copies_and_never_none_wherever_the_destination_stops() {
         Stop::Undone,
         Stop::Never,
     ];
-    stops.extend((0..=20).map(Stop::Records));
-    stops.extend((0..=20).map(Stop::Fails));
+    stops.extend((0..=22).map(Stop::Records));
+    stops.extend((0..=22).map(Stop::Fails));
     for stop in stops {
         let (result, original, ran) = run(&fake(), &mut Daemon::default(), stop);
         match original {
@@ -287,7 +299,7 @@ fn states_are_told_in_the_order_of_the_machine() {
             _ => None,
         })
         .collect();
-    assert_eq!(states, [SourceState::Preparing, SourceState::Frozen]);
-    let all = [SourceState::Offered, states[0], states[1], SourceState::Committing];
+    assert_eq!(states, [SourceState::Preparing, SourceState::Copying, SourceState::Frozen]);
+    let all = [SourceState::Offered, states[0], states[1], states[2], SourceState::Committing];
     assert!(all.windows(2).all(|pair| pair[0].leads_to(pair[1])));
 }
