@@ -67,8 +67,17 @@ pub(crate) fn attach(
     let mut outside = Netlink::open()?;
     let mut inside = in_namespace(init, Netlink::open)?;
     let bridge = index(&network.bridge)?;
-    let inner = plug(&network, veth, init, &mut outside, &mut inside)?;
+    // The port is open for a moment before it is closed. Nothing may be heard
+    // from the container then, or the bridges would lead its traffic here
+    // while it runs elsewhere: it has no address yet, and no IPv6 to ask for one.
+    let ipv6 = format!("ipv6/conf/{}/disable_ipv6", network.interface);
+    let inner = plug(&network, veth, init, &mut outside)?;
+    let had_ipv6 = if muted { in_namespace(init, || swap_knob(&ipv6, "1"))? } else { None };
+    let loopback = in_namespace(init, || index("lo"))?;
+    inside.set_up(loopback)?;
     let outer = index(veth)?;
+    outside.set_up(outer)?;
+    inside.set_up(inner)?;
     // The kernel opens a port whenever its link comes up, which it learns some
     // time after the fact. So the link joins the bridge when that is over.
     let start = Instant::now();
@@ -79,10 +88,21 @@ pub(crate) fn attach(
         thread::sleep(Duration::from_millis(1));
     }
     outside.set_master(outer, bridge)?;
+    if muted {
+        outside.set_port(outer, false)?;
+        if let Some(value) = had_ipv6 {
+            in_namespace(init, || write_knob(&ipv6, &value))?;
+        }
+    }
+    for (address, prefix) in &network.addresses {
+        inside.add_address(inner, *address, *prefix)?;
+    }
+    for gateway in &network.gateways {
+        inside.add_default_route(inner, *gateway)?;
+    }
     if !muted {
         return Ok(None);
     }
-    outside.set_port(outer, false)?;
     let port = Port { outside, index: outer };
     let muted = Muted { port, inside, index: inner, init, network };
     muted.set_notify("1")?;
@@ -153,28 +173,11 @@ impl Drop for Blocked {
     }
 }
 
-/// Makes the pair of interfaces and sets up the inner one; gives its index.
-fn plug(
-    network: &Network,
-    veth: &str,
-    init: Pid,
-    outside: &mut Netlink,
-    inside: &mut Netlink,
-) -> Result<u32> {
+/// Makes the pair of interfaces; gives the index of the inner one.
+fn plug(network: &Network, veth: &str, init: Pid, outside: &mut Netlink) -> Result<u32> {
     let name = &network.interface;
     outside.add_veth(veth, outer_mac(network.mac), name, network.mac, init)?;
-    let inner = in_namespace(init, || index(name))?;
-    for (address, prefix) in &network.addresses {
-        inside.add_address(inner, *address, *prefix)?;
-    }
-    let loopback = in_namespace(init, || index("lo"))?;
-    inside.set_up(loopback)?;
-    outside.set_up(index(veth)?)?;
-    inside.set_up(inner)?;
-    for gateway in &network.gateways {
-        inside.add_default_route(inner, *gateway)?;
-    }
-    Ok(inner)
+    in_namespace(init, || index(name))
 }
 
 fn index(name: &str) -> Result<u32> {
@@ -210,6 +213,16 @@ fn write_knob(knob: &str, value: &str) -> Result<()> {
     match fs::write(&path, value) {
         Err(err) if err.kind() == io::ErrorKind::NotFound => Ok(()),
         written => written.with_context(|| format!("cannot write {path}")),
+    }
+}
+
+/// Sets a value below `/proc/sys/net` and gives what it was.
+fn swap_knob(knob: &str, value: &str) -> Result<Option<String>> {
+    let path = format!("/proc/sys/net/{knob}");
+    match fs::read_to_string(&path) {
+        Err(err) if err.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(err) => Err(err).with_context(|| format!("cannot read {path}")),
+        Ok(before) => write_knob(knob, value).map(|()| Some(before.trim().to_owned())),
     }
 }
 
