@@ -199,6 +199,10 @@ fn collect(mut seized: Seized) -> Result<FrozenTree, DumpError> {
         }
         // From here on the tree's own drop thaws them.
         let status = Status::of(pid);
+        if status.is_err() && threads.is_empty() {
+            // It ended, and its parent reaped it, before that one stood still.
+            continue;
+        }
         tree.processes.push(Process {
             pid,
             status: status.as_ref().cloned().unwrap_or_default(),

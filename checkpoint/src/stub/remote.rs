@@ -333,9 +333,12 @@ impl Remote {
         let slack = self.place.code - frame::TRAMPOLINE as u64;
         let args = [self.place.data, DATA_LEN, 0, 0, 0, 0];
         match step_syscall(task, slack, libc::SYS_munmap, args)? {
-            0 => Ok(()),
-            errno => Err(errno_error(errno)),
+            0 => {}
+            errno => return Err(errno_error(errno)),
         }
+        // Nobody runs in it any more; the next stub needs the room.
+        task.go_home()?;
+        ptrace::poke(task.tid, slack, &[0; CODE_LEN])
     }
 }
 
