@@ -141,13 +141,14 @@ pub(crate) async fn run(config: Config) -> anyhow::Result<()> {
 
     let router = http::router(shim.clone());
     let limits = listen::Limits::default();
-    tokio::spawn(listen::serve_unix(local, router.clone(), limits.clone()));
     if let Some(address) = shim.config.insecure_listen {
         let listener = listen::tcp(address).await?;
         let address = listener.local_addr()?;
         tracing::warn!(%address, "listening WITHOUT ENCRYPTION: whoever reaches it owns this node");
-        tokio::spawn(listen::serve_tcp(listener, router, limits));
+        tokio::spawn(listen::serve_tcp(listener, router.clone(), limits.clone()));
     }
+    // Last: who is answered here finds everything up.
+    tokio::spawn(listen::serve_unix(local, router, limits));
     tracing::info!(node = %shim.config.node, socket = %shim.config.socket.display(), "ready");
 
     tokio::select! {

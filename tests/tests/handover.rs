@@ -2,7 +2,7 @@
 //! killed or cut at a random instant. Whatever it was: one copy runs on, and
 //! the numbers that it writes itself prove that it was never two or none.
 
-#![allow(clippy::unwrap_used, reason = "helpers of tests may panic like the tests")]
+#![allow(clippy::unwrap_used, clippy::panic, reason = "helpers of tests may panic like the tests")]
 
 use std::{
     fs,

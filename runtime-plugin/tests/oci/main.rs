@@ -8,3 +8,4 @@ mod bundle;
 mod checkpoint;
 mod lifecycle;
 mod network;
+mod podman;
