@@ -111,6 +111,10 @@ pub(crate) struct Stat {
     pub(crate) comm: Vec<u8>,
     /// Parent, as the reader sees it.
     pub(crate) ppid: i32,
+    /// Device of the controlling terminal, 0 without one.
+    pub(crate) tty: i32,
+    /// Its foreground process group, as the reader sees it.
+    pub(crate) foreground: i32,
     /// What the parent is told of its end (`SIGCHLD`).
     pub(crate) exit_signal: i32,
     /// Status for `wait(2)` of a zombie.
@@ -155,6 +159,8 @@ impl Stat {
         Some(Self {
             comm: text[open + 1..close].to_vec(),
             ppid: small(4)?,
+            tty: small(7)?,
+            foreground: small(8)?,
             exit_signal: small(38)?,
             exit_code: small(52)?,
             start_time: field(22)?,

@@ -366,6 +366,9 @@ impl Built {
     pub(super) fn thaw(mut self) -> Result<(), RestoreError> {
         for (pid, task) in &self.tasks.0 {
             task.lock(self.files.posix_locks(*pid))?;
+            if let Some(control) = self.files.control(*pid) {
+                task.control(control);
+            }
         }
         let hosts: BTreeMap<i32, Pid> = self
             .tasks

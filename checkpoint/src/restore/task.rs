@@ -7,6 +7,7 @@ use std::{
 };
 
 use nix::unistd::Pid;
+use tracing::warn;
 
 use crate::{
     RestoreError,
@@ -17,6 +18,7 @@ use crate::{
         files::{
             Opened,
             locks::{self, PosixLock},
+            tty::{self, Control},
         },
         fs,
         memory::{self, KernelPages, Layout},
@@ -386,6 +388,14 @@ impl Task {
         threads::restore(thread, batch);
         creds::restore(&thread.creds, self.capabilities, batch);
         thread.queue.restore(self.pid, Some(thread.tid), batch);
+    }
+
+    /// Takes its session's terminal. The one that was given may be another's
+    /// already; the process then runs without.
+    pub(super) fn control(&self, control: Control) {
+        if let Err(err) = tty::take_control(control, &self.remote, &self.tracee) {
+            warn!(pid = self.pid, %err, "no controlling terminal");
+        }
     }
 
     /// Takes the locks that belong to the process.

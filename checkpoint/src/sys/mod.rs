@@ -12,5 +12,6 @@ pub(crate) mod signalfd;
 pub(crate) mod sockopt;
 pub(crate) mod task;
 pub(crate) mod timerfd;
+pub(crate) mod tty;
 pub(crate) mod unix;
 pub(crate) mod userfaultfd;

@@ -33,6 +33,7 @@ mod tcp;
 #[cfg(test)]
 mod tests;
 mod timerfd;
+pub(crate) mod tty;
 mod unix;
 
 use std::{
@@ -51,6 +52,7 @@ use self::{
     locks::PosixLock,
     root::Root,
     table::{Held, Tables},
+    tty::Control,
 };
 pub(crate) use self::{parts::Assembly, tcp::Connections};
 use super::shared::{Created, Objects};
@@ -89,6 +91,8 @@ pub(crate) struct Image {
     pub(crate) pipes: Vec<pipe::Image>,
     /// Fd tables.
     pub(crate) tables: Vec<Table>,
+    /// Pseudo terminals, each with one or more ends among `files`.
+    ptys: Vec<tty::Image>,
 }
 
 /// One open file description.
@@ -137,6 +141,8 @@ pub(crate) enum Kind {
     Inotify(inotify::Image),
     /// A netlink socket.
     Netlink(netlink::Image),
+    /// An end of the pseudo terminal with this index.
+    Pty(tty::End),
 }
 
 /// One fd table.
@@ -148,6 +154,8 @@ pub(crate) struct Table {
     pub(crate) fds: Vec<Fd>,
     /// POSIX locks, which belong to the table.
     locks: Vec<PosixLock>,
+    /// The terminal of the session the task leads.
+    control: Option<Control>,
 }
 
 /// One file descriptor.
@@ -202,6 +210,7 @@ struct Collector<'a> {
     /// Content that several may share.
     objects: &'a mut Objects,
     connections: Connections,
+    ptys: Vec<tty::Image>,
     pipes: Vec<pipe::Image>,
     /// Index of a pipe by its device and inode.
     pipe_ids: HashMap<(u64, u64), u32>,
@@ -228,8 +237,8 @@ impl<'a> Source<'a> {
     }
 
     fn read(&self, objects: &mut Objects) -> (Image, Connections, Vec<Finding>) {
-        let (connections, pipes, pipe_ids, losses) = Default::default();
-        let mut out = Collector { objects, connections, pipes, pipe_ids, losses };
+        let (connections, ptys, pipes, pipe_ids, losses) = Default::default();
+        let mut out = Collector { objects, connections, ptys, pipes, pipe_ids, losses };
         let mut findings = Vec::new();
         let mut files = Vec::with_capacity(self.tables.held.len());
         for (id, held) in self.tables.held.iter().enumerate() {
@@ -247,8 +256,9 @@ impl<'a> Source<'a> {
             }
             out.losses.drain(..).for_each(|loss| note(Judgement::Loss, loss, ""));
         }
-        let Collector { objects: _, connections, pipes, pipe_ids: _, losses: _ } = out;
-        (Image { files, pipes, tables: self.tables.image() }, connections, findings)
+        let Collector { objects: _, connections, ptys, pipes, pipe_ids: _, losses: _ } = out;
+        let tables = self.tables.image(|pid| tty::control(pid, self));
+        (Image { files, pipes, tables, ptys }, connections, findings)
     }
 
     fn file(&self, id: usize, held: &Held, out: &mut Collector<'_>) -> Result<File, Refusal> {
@@ -288,6 +298,9 @@ impl<'a> Source<'a> {
         }
         match held.file_type() {
             FileType::RegularFile | FileType::Directory => regular::dump(held, self, out),
+            FileType::CharacterDevice if tty::is_terminal(held) => {
+                tty::dump(held, self, out).map(Kind::Pty)
+            }
             FileType::CharacterDevice => device::dump(held, self).map(Kind::Device),
             FileType::Fifo => pipe::dump(held, self, out).map(Kind::Pipe),
             FileType::Socket => socket::dump(id, held, self, out),
@@ -342,6 +355,7 @@ pub(crate) struct Opened {
     /// Locks that the source still holds.
     late: Vec<(u32, locks::Lock)>,
     posix_locks: BTreeMap<i32, Vec<PosixLock>>,
+    controls: BTreeMap<i32, Control>,
     epoll_items: Vec<(i32, EpollItem)>,
 }
 
@@ -360,18 +374,20 @@ pub(crate) struct EpollItem {
 
 /// Makes every description of an image and fills pipes and queues.
 pub(crate) fn open(image: &Image, target: &Target<'_>) -> Result<Opened, RestoreError> {
-    let Image { files, pipes, tables } = image;
+    let Image { files, pipes, tables, ptys } = image;
     check(image)?;
     let failed = |id: usize| move |failure: Failure| failure.at(image, id);
 
     let mut made: Vec<Option<OwnedFd>> = files.iter().map(|_| None).collect();
     pipe::open(pipes, files, target, &mut made).map_err(|(id, failure)| failure.at(image, id))?;
+    tty::open(ptys, files, target, &mut made).map_err(|(id, failure)| failure.at(image, id))?;
     let mut timers = Vec::new();
     for (id, file) in files.iter().enumerate() {
         let File { flags, owner: _, locks: _, kind } = file;
         let oflags = OFlags::from_bits_retain(*flags);
         let fd = match kind {
-            Kind::Pipe(_) | Kind::Inet(_) | Kind::Unix(_) | Kind::Netlink(_) => continue,
+            Kind::Pipe(_) | Kind::Pty(_) => continue,
+            Kind::Inet(_) | Kind::Unix(_) | Kind::Netlink(_) => continue,
             Kind::PidFd(pid) => pidfd::open(*pid, oflags, target),
             Kind::Inotify(inotify) => inotify::open(inotify, oflags, target),
             Kind::Stdio(n) => stdio::open(*n, oflags, target),
@@ -410,6 +426,7 @@ pub(crate) fn open(image: &Image, target: &Target<'_>) -> Result<Opened, Restore
         let locks = locks::open(&file.locks, fd.as_fd()).map_err(failed(id as usize))?;
         late.extend(locks.into_iter().map(|lock| (id, lock)));
     }
+    let controls = tables.iter().filter_map(|table| Some((table.pid, table.control?))).collect();
     let posix_locks = tables.iter().map(|table| (table.pid, table.locks.clone())).collect();
     let tables = tables.iter().map(|table| (table.pid, table.fds.clone())).collect();
     let connections =
@@ -423,15 +440,16 @@ pub(crate) fn open(image: &Image, target: &Target<'_>) -> Result<Opened, Restore
         owners,
         late,
         posix_locks,
+        controls,
         epoll_items,
     })
 }
 
 /// Whether every index of an image points into it.
 fn check(image: &Image) -> Result<(), RestoreError> {
-    let Image { files, pipes, tables } = image;
+    let Image { files, pipes, tables, ptys } = image;
     let damaged = |what: &str| Err(RestoreError::Image(format!("files: {what}")));
-    if files.len().max(pipes.len()).max(tables.len()) > MAX_ITEMS {
+    if files.len().max(pipes.len()).max(tables.len()).max(ptys.len()) > MAX_ITEMS {
         return damaged("too many");
     }
     for fd in tables.iter().flat_map(|table| &table.fds) {
@@ -443,6 +461,7 @@ fn check(image: &Image) -> Result<(), RestoreError> {
         let fine = match &file.kind {
             Kind::Stdio(n) => *n < 3,
             Kind::Pipe(end) => (end.pipe as usize) < pipes.len(),
+            Kind::Pty(end) => (end.pair as usize) < ptys.len(),
             Kind::Epoll(epoll) => epoll.is_sound(files.len()),
             Kind::Unix(unix) => unix.is_sound(id, files),
             _ => true,
@@ -469,6 +488,12 @@ impl Opened {
     #[must_use]
     pub(crate) fn epoll_items(&self, ns_pid: i32) -> Vec<EpollItem> {
         self.epoll_items.iter().filter(|(pid, _)| *pid == ns_pid).map(|(_, item)| *item).collect()
+    }
+
+    /// The terminal the task has to take itself, as leader of a session.
+    #[must_use]
+    pub(crate) fn control(&self, ns_pid: i32) -> Option<Control> {
+        self.controls.get(&ns_pid).copied()
     }
 
     /// POSIX locks the task has to take itself.

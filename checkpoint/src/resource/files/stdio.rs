@@ -8,7 +8,7 @@ use std::os::fd::OwnedFd;
 
 use rustix::fs::{FileType, OFlags};
 
-use super::{Failure, Making, Source, Target, pipe, set_status, table::Held, unix};
+use super::{Failure, Making, Source, Target, pipe, set_status, table::Held, tty, unix};
 
 /// For each description the standard stream that replaces it: that of init's
 /// own fds 0 to 2, and every other way into the same object.
@@ -34,6 +34,15 @@ pub(super) fn assign(source: &Source<'_>) -> Vec<Option<u8>> {
             }
         }
     }
+    // The terminal may be open as /dev/tty too.
+    for (n, id) in &streams {
+        let Some(terminal) = tty::slave(&held[*id]) else { continue };
+        for (other, held) in held.iter().enumerate() {
+            if assigned[other].is_none() && tty::slave(held) == Some(terminal) {
+                assigned[other] = Some(*n);
+            }
+        }
+    }
     assigned
 }
 
@@ -49,6 +58,7 @@ fn leads_out(held: &Held, source: &Source<'_>) -> bool {
         FileType::Socket => unix::leads_out(held, source),
         FileType::RegularFile | FileType::Directory => source.root.path(held).is_none(),
         // A terminal's other end is with whoever shows it.
+        FileType::CharacterDevice if tty::is_terminal(held) => tty::leads_out(held, source),
         FileType::CharacterDevice => rustix::termios::isatty(&held.fd) || !in_container(),
         _ => false,
     }

@@ -14,7 +14,7 @@ use rustix::{
     process::{PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open},
 };
 
-use super::{Fd, Table, TableRef, fdinfo::FdInfo, locks::PosixLock};
+use super::{Fd, Table, TableRef, fdinfo::FdInfo, locks::PosixLock, tty::Control};
 use crate::{DumpError, sys::kcmp};
 
 /// A description of the source, held by a duplicate of ours.
@@ -194,6 +194,12 @@ impl Tables {
         find_fd(fds, number)
     }
 
+    /// The number of an fd in the table that `pid` uses.
+    pub(super) fn find_number(&self, pid: Pid, is_it: impl Fn(&Held) -> bool) -> Option<RawFd> {
+        let (_, fds, _) = self.tables.iter().find(|(table, ..)| table.pid == pid)?;
+        fds.iter().find(|fd| is_it(&self.held[fd.file as usize])).map(|fd| fd.fd)
+    }
+
     /// The description behind fd `number` in any table that also holds `file`.
     pub(super) fn beside(&self, file: usize, number: RawFd) -> impl Iterator<Item = usize> {
         self.tables.iter().filter_map(move |(_, fds, _)| {
@@ -201,13 +207,14 @@ impl Tables {
         })
     }
 
-    pub(super) fn image(&self) -> Vec<Table> {
+    pub(super) fn image(&self, control: impl Fn(Pid) -> Option<Control>) -> Vec<Table> {
         self.tables
             .iter()
             .map(|(table, fds, locks)| Table {
                 pid: table.ns_pid,
                 fds: fds.clone(),
                 locks: locks.clone(),
+                control: control(table.pid),
             })
             .collect()
     }

@@ -57,6 +57,7 @@ const WORLDS: &[(&str, fn())] = &[
     ("shared", basics::shared),
     ("ghosts", ghosts::ghosts),
     ("unmovable", basics::unmovable),
+    ("terminals", kernel::terminals),
     ("inotify", kernel::inotify),
     ("pidfd", kernel::pidfd),
     ("netlink", kernel::netlink),
@@ -394,7 +395,7 @@ proptest! {
     #[test]
     fn fds_that_lead_nowhere_are_refused(fd in any::<i32>(), file in 0u32..9) {
         let fds = vec![Fd { fd, file, cloexec: false }];
-        let image = Image { tables: vec![super::Table { pid: 1, fds, locks: Vec::new() }], ..Image::default() };
+        let image = Image { tables: vec![super::Table { pid: 1, fds, locks: Vec::new(), control: None }], ..Image::default() };
         prop_assert!(matches!(super::check(&image), Err(RestoreError::Image(_))));
     }
 }

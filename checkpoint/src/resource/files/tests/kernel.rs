@@ -1,4 +1,4 @@
-//! Windows into the kernel: inotify, pidfds, netlink.
+//! Windows into the kernel: inotify, pidfds, netlink, terminals.
 
 use rustix::{
     fs::inotify as kernel_inotify,
@@ -106,4 +106,46 @@ fn netlink_sockets_listen_to_their_groups() {
     let (_, len) =
         rustix::net::recv(restored.fd(100), &mut buf[..], rustix::net::RecvFlags::empty()).unwrap();
     assert!(buf[..len].windows(6).any(|name| name == b"dunlin"));
+}
+
+pub(super) fn terminals() {
+    use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
+    // One below, so that numbers have to be met.
+    let below = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY).unwrap();
+    let master = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY).unwrap();
+    grantpt(&master).unwrap();
+    unlockpt(&master).unwrap();
+    let name = ptsname(&master, Vec::new()).unwrap().into_string().unwrap();
+    rustix::process::setsid().ok();
+    let slave = rustix::fs::open(&*name, OFlags::RDWR | OFlags::NOCTTY, Mode::empty()).unwrap();
+    let mut settings = rustix::termios::tcgetattr(&slave).unwrap();
+    settings.make_raw();
+    rustix::termios::tcsetattr(&slave, rustix::termios::OptionalActions::Now, &settings).unwrap();
+    let size = rustix::termios::Winsize { ws_row: 7, ws_col: 77, ws_xpixel: 1, ws_ypixel: 2 };
+    rustix::termios::tcsetwinsize(&slave, size).unwrap();
+    rustix::fs::fchmod(&slave, Mode::from_raw_mode(0o622)).unwrap();
+    drop(below);
+    put(rustix::fs::open(&*name, OFlags::RDONLY | OFlags::NOCTTY, Mode::empty()).unwrap(), 102);
+    put(master, 100);
+    put(slave, 101);
+}
+
+#[test]
+fn terminals_come_back_under_their_number() {
+    let Some(mut holder) = Holder::start("terminals") else { return };
+    assert_eq!(holder.inspect(&Options::default()), []);
+    let restored = holder.migrate();
+    restored.assert_same(100..=102);
+    let settings = |number| rustix::termios::tcgetattr(restored.fd(number)).unwrap();
+    assert!(!settings(101).local_modes.contains(rustix::termios::LocalModes::ICANON));
+    let size = rustix::termios::tcgetwinsize(restored.fd(101)).unwrap();
+    assert_eq!((size.ws_row, size.ws_col, size.ws_ypixel), (7, 77, 2));
+    let index = |info: &FdInfo| info.field("tty-index").unwrap().to_owned();
+    assert_eq!(index(&restored.info(100)), index(&restored.infos[&100]));
+    assert_eq!(rustix::fs::fstat(restored.fd(101)).unwrap().st_mode & 0o777, 0o622);
+    let mut buf = [0; 9];
+    rustix::io::write(restored.fd(100), b"typed").unwrap();
+    assert_eq!(rustix::io::read(restored.fd(102), &mut buf).unwrap(), 5);
+    rustix::io::write(restored.fd(101), b"shown").unwrap();
+    assert_eq!(rustix::io::read(restored.fd(100), &mut buf).unwrap(), 5);
 }
