@@ -3,6 +3,8 @@
 //! The flags are runc's. One that asks for what this engine does anyway or has
 //! no need of is taken; one that would change what the caller gets is refused.
 
+use std::io;
+use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
@@ -169,6 +171,9 @@ fn dump(container: &Container, args: &Checkpoint) -> Result<DumpReport> {
     let report = frozen.dump(&mut sink)?;
     manifest.save(&args.image_path)?;
     sink.finish().with_context(cannot_write)?;
+    if let Some(parent) = &args.parent_path {
+        link_parent(parent, &args.image_path).with_context(cannot_write)?;
+    }
     if args.leave_running {
         frozen.thaw()?;
     } else {
@@ -178,6 +183,14 @@ fn dump(container: &Container, args: &Checkpoint) -> Result<DumpReport> {
         }
     }
     Ok(report)
+}
+
+/// Leaves the link that CRIU leaves, for those who follow it.
+fn link_parent(parent: &Path, dir: &Path) -> io::Result<()> {
+    match symlink(parent, dir.join("parent")) {
+        Err(err) if err.kind() == io::ErrorKind::AlreadyExists => Ok(()),
+        made => made,
+    }
 }
 
 /// Judges the tree without stopping it, as the first half of a dump in two

@@ -160,6 +160,29 @@ fn an_image_can_be_restored_beside_the_original() {
 }
 
 #[test]
+fn a_pre_dump_judges_and_the_dump_after_it_is_whole() {
+    if needs_root() {
+        return;
+    }
+    let bundle = Bundle::new(&["sh", "-c", COUNT]);
+    bundle.ok(&["run", "--bundle", bundle.dir(), "--detach", "c"]);
+    until("it counts", || 10 < last(&bundle));
+    let (first, second) = (bundle.path("first"), bundle.path("second"));
+    let (first, second) = (first.to_str().unwrap(), second.to_str().unwrap());
+    bundle.ok(&["checkpoint", "--pre-dump", "--image-path", first, "c"]);
+    assert_eq!(bundle.state("c")["status"], "running");
+    fs::create_dir(second).unwrap();
+    bundle.ok(&["checkpoint", "--parent-path", "../first", "--image-path", second, "c"]);
+    let link = fs::read_link(bundle.path("second/parent")).unwrap();
+    assert_eq!(link.to_str(), Some("../first"));
+    let rehearsal = bundle.fails(&restore(&bundle, first, &[]));
+    assert!(rehearsal.contains("pre-dump"), "{rehearsal}");
+    fs::remove_dir_all(first).unwrap();
+    bundle.ok(&restore(&bundle, second, &["--detach"]));
+    assert_eq!(bundle.state("c")["status"], "running");
+}
+
+#[test]
 fn clocks_go_on() {
     if needs_root() {
         return;
