@@ -30,6 +30,11 @@ pub(crate) struct Config {
     /// address owns this machine
     #[arg(long, value_name = "ADDR")]
     pub(crate) insecure_listen: Option<SocketAddr>,
+    /// Listen for peers and operators, with mutual TLS
+    #[arg(long, value_name = "ADDR", requires = "tls_cert")]
+    pub(crate) listen: Option<SocketAddr>,
+    #[command(flatten)]
+    pub(crate) tls: crate::tls::Files,
     /// Another node
     #[arg(long = "peer", value_name = "NAME=URL", value_parser = parse_peer)]
     pub(crate) peers: Vec<Peer>,

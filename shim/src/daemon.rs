@@ -23,6 +23,7 @@ use crate::{
     metrics::Metrics,
     migrations::Migrations,
     outgoing, reaper, spool,
+    tls::Tls,
 };
 
 /// Longest time a stopping daemon waits for migrations to be rolled back or done.
@@ -43,7 +44,7 @@ pub(crate) struct Shim {
 
 impl Shim {
     /// Reads the journal and looks at the machine.
-    fn new(config: Config) -> anyhow::Result<Arc<Self>> {
+    fn new(config: Config, tls: Option<Arc<Tls>>) -> anyhow::Result<Arc<Self>> {
         for dir in [&config.state_dir, &config.spool()] {
             private_dir(dir).with_context(|| format!("cannot make {}", dir.display()))?;
         }
@@ -56,7 +57,7 @@ impl Shim {
             migrations: Migrations::new(journal.clone()).context("cannot read the journal")?,
             drainer: Drainer::default(),
             metrics: Metrics::default(),
-            encrypt: None,
+            encrypt: tls.map(|tls| tls as Arc<dyn Encrypt>),
             boot: boot_id(),
             journal,
             config,
@@ -128,7 +129,8 @@ pub(crate) async fn run(config: Config) -> anyhow::Result<()> {
     nix::sys::prctl::set_child_subreaper(true).context("cannot adopt containers")?;
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
-    let shim = Shim::new(config)?;
+    let tls = Tls::open(&config.tls)?;
+    let shim = Shim::new(config, tls.clone())?;
     let local = listen::unix(&shim.config.socket)?;
     tokio::spawn(reaper::run(shim.clone()));
     tokio::spawn(spool::run(shim.clone()));
@@ -146,6 +148,12 @@ pub(crate) async fn run(config: Config) -> anyhow::Result<()> {
         let address = listener.local_addr()?;
         tracing::warn!(%address, "listening WITHOUT ENCRYPTION: whoever reaches it owns this node");
         tokio::spawn(listen::serve_tcp(listener, router.clone(), limits.clone()));
+    }
+    if let (Some(address), Some(tls)) = (shim.config.listen, tls) {
+        let listener = listen::tcp(address).await?;
+        let address = listener.local_addr()?;
+        tracing::info!(%address, "listening with mutual TLS");
+        tokio::spawn(listen::serve_tls(listener, tls, router.clone(), limits.clone()));
     }
     // Last: who is answered here finds everything up.
     tokio::spawn(listen::serve_unix(local, router, limits));

@@ -22,6 +22,7 @@ use crate::{
     daemon::Shim,
     host,
     journal::Record,
+    listen::Caller,
     migrations::{Entry, now_ms},
     outgoing::finish,
     runtime,
@@ -66,7 +67,7 @@ pub(crate) fn outcome(shim: &Shim, id: Uuid, token: Uuid) -> Result<PeerMigratio
 }
 
 /// Serves one migration's stream to its end.
-pub(crate) async fn serve(shim: Arc<Shim>, conn: Conn) {
+pub(crate) async fn serve(shim: Arc<Shim>, conn: Conn, caller: Caller) {
     let stream = match worker::into_fd(conn) {
         Ok(fd) => UnixStream::from(fd),
         Err(err) => return tracing::error!(%err, "a stream cannot be handed over"),
@@ -83,7 +84,7 @@ pub(crate) async fn serve(shim: Arc<Shim>, conn: Conn) {
     };
     let (migration, container) = (offer.migration, offer.container.clone());
     tracing::info!(%migration, %container, from = %offer.node, "offered");
-    match admit(&shim, &offer).await {
+    match admit(&shim, &offer, &caller).await {
         Ok((entry, bundle)) => {
             let task = Incoming { shim, entry, offer, bundle };
             task.run(stream).await;
@@ -104,7 +105,14 @@ pub(crate) async fn serve(shim: Arc<Shim>, conn: Conn) {
 async fn admit(
     shim: &Arc<Shim>,
     offer: &Offer,
+    caller: &Caller,
 ) -> Result<(Arc<Entry>, std::path::PathBuf), Problem> {
+    if let Caller::Node(name) = caller
+        && *name != offer.node
+    {
+        let detail = format!("the certificate is that of {name}, the offer that of {}", offer.node);
+        return Err(Problem::new(ErrorCode::Forbidden, &offer.node, detail));
+    }
     let asked = CanAccept {
         node: offer.node.clone(),
         container: offer.container.clone(),

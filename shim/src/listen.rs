@@ -6,7 +6,7 @@ use std::{
 };
 
 use anyhow::Context;
-use axum::Router;
+use axum::{Extension, Router};
 use dunlin_api::client::Conn;
 use hyper::server::conn::http1;
 use hyper_util::{
@@ -17,6 +17,8 @@ use tokio::{
     net::{TcpListener, UnixListener},
     sync::Semaphore,
 };
+
+use crate::tls::Tls;
 
 /// Longest time a client may take to send a request's head.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -31,11 +33,26 @@ const MAX_HEADERS: usize = 64;
 #[derive(Clone)]
 pub(crate) struct Limits {
     connections: Arc<Semaphore>,
+    handshakes: Arc<Semaphore>,
+}
+
+/// Who asks.
+#[derive(Debug, Clone)]
+pub(crate) enum Caller {
+    /// Root on this machine.
+    Local,
+    /// Whoever reaches a listener without encryption.
+    Anybody,
+    /// The node that its certificate names.
+    Node(String),
 }
 
 impl Default for Limits {
     fn default() -> Self {
-        Self { connections: Arc::new(Semaphore::new(512)) }
+        Self {
+            connections: Arc::new(Semaphore::new(512)),
+            handshakes: Arc::new(Semaphore::new(64)),
+        }
     }
 }
 
@@ -66,6 +83,7 @@ pub(crate) async fn tcp(address: SocketAddr) -> anyhow::Result<TcpListener> {
 
 /// Serves local clients; only root's, whatever became of the socket's mode.
 pub(crate) async fn serve_unix(listener: UnixListener, router: Router, limits: Limits) {
+    let router = router.layer(Extension(Caller::Local));
     let us = rustix::process::geteuid().as_raw();
     loop {
         match listener.accept().await {
@@ -83,6 +101,7 @@ pub(crate) async fn serve_unix(listener: UnixListener, router: Router, limits: L
 
 /// Serves peers and operators without encryption.
 pub(crate) async fn serve_tcp(listener: TcpListener, router: Router, limits: Limits) {
+    let router = router.layer(Extension(Caller::Anybody));
     loop {
         match listener.accept().await {
             Ok((stream, _)) => {
@@ -96,8 +115,43 @@ pub(crate) async fn serve_tcp(listener: TcpListener, router: Router, limits: Lim
     }
 }
 
+/// Serves peers and operators by mutual TLS.
+pub(crate) async fn serve_tls(
+    listener: TcpListener,
+    tls: Arc<Tls>,
+    router: Router,
+    limits: Limits,
+) {
+    loop {
+        match listener.accept().await {
+            Ok((stream, address)) => {
+                if let Err(err) = stream.set_nodelay(true) {
+                    tracing::debug!(%err, "small frames will be delayed");
+                }
+                let Ok(permit) = limits.handshakes.clone().try_acquire_owned() else {
+                    tracing::warn!(%address, "too many handshakes: one is turned away");
+                    continue;
+                };
+                let (tls, router, limits) = (tls.clone(), router.clone(), limits.clone());
+                tokio::spawn(async move {
+                    match tokio::time::timeout(PATIENCE, tls.accept(stream)).await {
+                        Ok(Ok((stream, node))) => {
+                            let router = router.layer(Extension(Caller::Node(node)));
+                            serve(Conn::Other(stream), router, limits);
+                        }
+                        Ok(Err(err)) => tracing::warn!(%address, %err, "turned away"),
+                        Err(_) => tracing::warn!(%address, "a handshake takes too long"),
+                    }
+                    drop(permit);
+                });
+            }
+            Err(err) => pause(&err).await,
+        }
+    }
+}
+
 /// Speaks HTTP on one connection.
-pub(crate) fn serve(conn: Conn, router: Router, limits: Limits) {
+fn serve(conn: Conn, router: Router, limits: Limits) {
     let Ok(permit) = limits.connections.try_acquire_owned() else {
         return tracing::warn!("too many connections: one is turned away");
     };

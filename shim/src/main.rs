@@ -12,10 +12,12 @@ mod listen;
 mod metrics;
 mod migrations;
 mod outgoing;
+mod pki;
 mod process;
 mod reaper;
 mod runtime;
 mod spool;
+mod tls;
 mod verdict;
 mod worker;
 
@@ -39,6 +41,9 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    /// Makes certificates for nodes
+    #[command(subcommand)]
+    Pki(pki::Pki),
     /// The source of one migration; started by the daemon
     #[command(hide = true)]
     SourceWorker,
@@ -55,6 +60,7 @@ fn main() -> ExitCode {
     }
     let done = match cli.command {
         Some(Command::SourceWorker) => worker::source::run().map_err(Into::into),
+        Some(Command::Pki(command)) => pki::run(&command),
         None => serve(cli.config),
     };
     match done {

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use axum::{
-    Json,
+    Extension, Json,
     extract::{Path, Query, Request, State},
     http::{
         HeaderValue, StatusCode,
@@ -22,7 +22,7 @@ use serde::Deserialize;
 use uuid::Uuid;
 
 use super::{Answer, Body, Failure, migration_id};
-use crate::{daemon::Shim, incoming};
+use crate::{daemon::Shim, incoming, listen::Caller};
 
 /// Whether this node would take a container
 #[utoipa::path(post, path = "/v1/peer/can-accept", request_body = CanAccept,
@@ -63,6 +63,7 @@ pub(crate) async fn outcome(
     responses((status = 101), (status = 422, body = Problem)))]
 pub(crate) async fn open(
     State(shim): State<Arc<Shim>>,
+    Extension(caller): Extension<Caller>,
     mut request: Request,
 ) -> Result<Response, Failure> {
     let asked = request.headers().get(UPGRADE).map(HeaderValue::as_bytes);
@@ -76,7 +77,7 @@ pub(crate) async fn open(
     };
     tokio::spawn(async move {
         match upgrade.await.map(reclaim) {
-            Ok(Some(conn)) => incoming::serve(shim, conn).await,
+            Ok(Some(conn)) => incoming::serve(shim, conn, caller).await,
             Ok(None) => tracing::warn!("a peer spoke before it was answered"),
             Err(err) => tracing::warn!(%err, "a stream was not opened"),
         }
