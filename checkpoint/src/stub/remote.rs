@@ -440,13 +440,14 @@ pub(crate) fn find_slack(pid: Pid, vmas: &[Vma]) -> io::Result<u64> {
     let executable = |v: &&Vma| v.is_executable() && v.is_readable() && !v.is_shared();
     let vdso = vmas.iter().filter(|v| v.kind == VmaKind::Vdso);
     let files = vmas.iter().filter(executable).filter(|v| matches!(v.kind, VmaKind::File { .. }));
+    let rip = ptrace::registers(pid)?.rip;
     for vma in vdso.chain(files) {
         let mut page = [0; PAGE_LEN];
         let last = vma.end - PAGE;
         if memory::read_exact(pid, &mut page, last).is_err() {
             continue;
         }
-        // A stub left by an engine that died here is as good as zeros.
+        forget_leftovers(&mut page, last, rip);
         let used = page.iter().rposition(|&b| b != 0).map_or(0, |at| at + 1);
         let start = used.next_multiple_of(64);
         if PAGE_LEN - start >= CODE_LEN {
@@ -454,6 +455,22 @@ pub(crate) fn find_slack(pid: Pid, vmas: &[Vma]) -> io::Result<u64> {
         }
     }
     Err(io::Error::other("no unused bytes in executable memory for the stub"))
+}
+
+/// Takes a stub that an engine left when it died for the zeros it lies on, so
+/// that the next one comes to the same place.
+///
+/// A task still on its way home from it writes or needs nothing that the next
+/// one changes, except in the trampoline, which only the leader runs.
+fn forget_leftovers(page: &mut [u8; PAGE_LEN], at: u64, rip: u64) {
+    let code = code();
+    for start in (0..PAGE_LEN - CODE_LEN).step_by(64) {
+        let stub = start..start + CODE_LEN;
+        let runs_here = stub.contains(&usize::try_from(rip.wrapping_sub(at)).unwrap_or(usize::MAX));
+        if page[start + frame::TRAMPOLINE..].starts_with(code) && !runs_here {
+            page[stub].fill(0);
+        }
+    }
 }
 
 /// Finds a hole of `len` bytes in an address space, away from both ends of it.

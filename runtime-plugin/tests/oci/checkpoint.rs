@@ -2,6 +2,9 @@
 
 use std::fs;
 use std::io::IoSlice;
+use std::process::Stdio;
+use std::thread;
+use std::time::Duration;
 
 use dunlin_checkpoint::image::{FILE_NAME, FileSink, ImageSink};
 use serde_json::{Value, json};
@@ -157,6 +160,28 @@ fn an_image_can_be_restored_beside_the_original() {
         until("the copy counts", || counted(&other).is_some());
         assert!(10 < counted(&other).unwrap().0, "it began anew");
     }
+}
+
+#[test]
+fn killed_checkpoints_are_not_in_the_way_of_the_next() {
+    if needs_root() {
+        return;
+    }
+    let bundle = Bundle::new(&["sh", "-c", COUNT]);
+    bundle.ok(&["run", "--bundle", bundle.dir(), "--detach", "c"]);
+    let path = bundle.path("image");
+    let path = path.to_str().unwrap();
+    for instant in 0..60 {
+        let flags = ["checkpoint", "--leave-running", "--image-path", path, "c"];
+        let mut killed = bundle.command(&flags);
+        let mut killed = killed.stderr(Stdio::null()).spawn().unwrap();
+        thread::sleep(Duration::from_millis(instant % 20));
+        killed.kill().unwrap();
+        killed.wait().unwrap();
+    }
+    let before = last(&bundle);
+    until("it counts on", || before + 10 < last(&bundle));
+    bundle.ok(&["checkpoint", "--leave-running", "--image-path", path, "c"]);
 }
 
 #[test]
