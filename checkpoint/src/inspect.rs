@@ -79,11 +79,10 @@ pub(crate) fn node(is_root: bool, status: &Status, stat: &Stat) -> tree::Node {
 /// A job of a shell keeps the session that the destination gives it.
 pub(crate) fn adopt_session(nodes: &mut [tree::Node]) {
     let Some(outside) = nodes.first().map(|n| n.sid) else { return };
-    for node in nodes {
-        if node.sid == outside {
-            node.sid = 0;
-        }
-        if node.pgid == outside {
+    let pids: BTreeSet<i32> = nodes.iter().map(|n| n.pid).collect();
+    for node in nodes.iter_mut().filter(|n| n.sid == outside) {
+        node.sid = 0;
+        if !pids.contains(&node.pgid) {
             node.pgid = 0;
         }
     }
