@@ -61,3 +61,22 @@ pub(crate) fn unsent(socket: BorrowedFd<'_>) -> io::Result<i32> {
     let n = unsafe { libc::ioctl(socket.as_raw_fd(), SIOCOUTQNSD, &raw mut bytes) };
     if n < 0 { Err(io::Error::last_os_error()) } else { Ok(bytes) }
 }
+
+/// Attaches a packet filter, as `SO_GET_FILTER` gave it (`SO_ATTACH_FILTER`).
+pub(crate) fn attach_filter(socket: BorrowedFd<'_>, program: &[[u8; 8]]) -> io::Result<()> {
+    let len = u16::try_from(program.len()).map_err(io::Error::other)?;
+    let program = libc::sock_fprog { len, filter: program.as_ptr().cast_mut().cast() };
+    let size = libc::socklen_t::try_from(size_of_val(&program)).map_err(io::Error::other)?;
+    // SAFETY: the kernel reads `program` and the `len` instructions of eight
+    // bytes it points to, which it copies unaligned, and writes neither.
+    let n = unsafe {
+        libc::setsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_ATTACH_FILTER,
+            (&raw const program).cast(),
+            size,
+        )
+    };
+    if n < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}

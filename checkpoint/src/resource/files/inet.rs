@@ -1,4 +1,4 @@
-//! TCP and UDP sockets, v4 and v6.
+//! TCP, UDP, ICMP and raw sockets, v4 and v6.
 //!
 //! What is not connected is made anew: options, address, backlog. All sockets
 //! are bound before the first listens, with `SO_REUSEADDR` set for the moment,
@@ -18,8 +18,8 @@ use rustix::{
 use serde::{Deserialize, Serialize};
 
 use super::{
-    Collector, Doing, Failure, File, Kind, Making, Refusal, Source, socket, sockopt, table::Held,
-    tcp,
+    Collector, Doing, Failure, File, Kind, Making, Refusal, Source, multicast, socket, sockopt,
+    table::Held, tcp,
 };
 use crate::{Options, TcpPolicy, sys::sockopt as raw};
 
@@ -27,13 +27,14 @@ const TCP_SYN_SENT: u8 = 2;
 const TCP_CLOSE: u8 = 7;
 const TCP_LISTEN: u8 = 10;
 
-/// A TCP or UDP socket.
+/// A socket of the internet families.
 #[derive(Debug, PartialEq, Serialize, Deserialize)]
 pub(crate) struct Image {
     /// Whether it is of `AF_INET6`.
     pub(crate) v6: bool,
-    /// Whether it is TCP.
-    pub(crate) tcp: bool,
+    /// `SOCK_STREAM`, `SOCK_DGRAM` or `SOCK_RAW`.
+    kind: i32,
+    protocol: i32,
     /// User and group.
     pub(crate) owner: (u32, u32),
     /// Socket options.
@@ -42,6 +43,8 @@ pub(crate) struct Image {
     pub(crate) bound: Option<Address>,
     /// What it does with it.
     pub(crate) state: State,
+    /// Multicast groups it is in.
+    groups: Vec<multicast::Membership>,
 }
 
 /// What a socket is doing. The order is the format: append only.
@@ -70,15 +73,25 @@ pub(crate) struct Address {
     pub(crate) device: Option<String>,
 }
 
+/// Whether sockets of this kind can be moved: TCP, UDP, ICMP, raw.
+pub(super) fn is_known(kind: i32, protocol: i32) -> bool {
+    match kind {
+        libc::SOCK_STREAM => protocol == libc::IPPROTO_TCP,
+        libc::SOCK_DGRAM => {
+            [libc::IPPROTO_UDP, libc::IPPROTO_ICMP, libc::IPPROTO_ICMPV6].contains(&protocol)
+        }
+        kind => kind == libc::SOCK_RAW,
+    }
+}
+
 pub(super) fn dump(
     held: &Held,
-    family: i32,
-    protocol: i32,
+    (family, kind, protocol): (i32, i32, i32),
     source: &Source<'_>,
     out: &mut Collector<'_>,
 ) -> Result<Image, Refusal> {
     let socket = held.fd.as_fd();
-    let tcp = protocol == libc::IPPROTO_TCP;
+    let tcp = kind == libc::SOCK_STREAM;
     let mut bound = address(&getsockname(socket).doing("read its address")?, source);
     let state = if tcp { tcp_state(held, source, out)? } else { udp_state(held, source, out)? };
     let mut options = sockopt::dump(held, family, protocol)?;
@@ -90,11 +103,17 @@ pub(super) fn dump(
     }
     Ok(Image {
         v6: family == libc::AF_INET6,
-        tcp,
+        kind,
+        protocol,
         owner: (held.stat.st_uid, held.stat.st_gid),
         options,
         bound,
         state,
+        groups: if tcp {
+            Vec::new()
+        } else {
+            multicast::dump(socket, family == libc::AF_INET6, source)
+        },
     })
 }
 
@@ -212,15 +231,14 @@ pub(super) fn open(files: &[File]) -> Result<Vec<(usize, OwnedFd)>, (usize, Fail
 
 /// Makes a socket and binds it.
 fn create(image: &Image) -> Result<OwnedFd, Failure> {
-    let Image { v6, tcp, owner, options, bound, state } = image;
+    let Image { v6, kind, protocol, owner, options, bound, state, groups } = image;
     let family = if *v6 { libc::AF_INET6 } else { libc::AF_INET };
-    let (kind, protocol) = if *tcp {
-        (libc::SOCK_STREAM, libc::IPPROTO_TCP)
-    } else {
-        (libc::SOCK_DGRAM, libc::IPPROTO_UDP)
-    };
-    let fd = socket::create(family, kind, protocol, *owner)?;
+    if !is_known(*kind, *protocol) {
+        return Err(Failure::Damaged("a socket of unknown kind"));
+    }
+    let fd = socket::create(family, *kind, *protocol, *owner)?;
     sockopt::restore(options, fd.as_fd())?;
+    multicast::restore(groups, fd.as_fd())?;
     if let Some(bound) = bound {
         let address = bound.resolve()?;
         lenient(fd.as_fd(), *v6).making("prepare a socket")?;
@@ -245,7 +263,7 @@ fn lenient(fd: BorrowedFd<'_>, v6: bool) -> std::io::Result<()> {
 
 /// Listens or connects once every socket is bound.
 fn activate(image: &Image, fd: &OwnedFd) -> Result<(), Failure> {
-    let Image { v6: _, tcp: _, owner: _, options, bound, state } = image;
+    let Image { options, bound, state, .. } = image;
     match state {
         // One that connects does so when it may speak.
         State::Idle | State::Closed | State::Connecting(_) => (),

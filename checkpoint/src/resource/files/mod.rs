@@ -16,6 +16,7 @@ pub(crate) mod ghost;
 mod inet;
 mod inotify;
 pub(crate) mod locks;
+mod multicast;
 mod netlink;
 mod owner;
 mod parts;
@@ -127,7 +128,7 @@ pub(crate) enum Kind {
     TimerFd(timerfd::Image),
     /// A signal queue; the mask of signals it reports.
     SignalFd(u64),
-    /// A TCP or UDP socket.
+    /// A TCP, UDP, ICMP or raw socket.
     Inet(inet::Image),
     /// A unix socket.
     Unix(unix::Image),

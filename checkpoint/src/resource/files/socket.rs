@@ -1,9 +1,10 @@
 //! What all sockets have in common: where they belong, who makes them.
 
 use std::{
-    collections::HashMap,
+    collections::{BTreeSet, HashMap},
     fs::File as StdFile,
     io,
+    net::IpAddr,
     num::NonZero,
     os::fd::{AsFd, BorrowedFd, OwnedFd},
 };
@@ -12,7 +13,8 @@ use nix::{sched::CloneFlags, unistd::Pid};
 use rustix::net::{AddressFamily, Protocol, SocketFlags, SocketType, socket_with};
 
 use super::{
-    Collector, Doing, Failure, File, Kind, Making, Refusal, Target, in_netns, inet, netlink,
+    Collector, Doing, Failure, File, Kind, Making, Refusal, Target, in_netns, inet, multicast,
+    netlink,
     sockdiag::{self, UnixSocket},
     table::Held,
     unix,
@@ -29,6 +31,8 @@ pub(super) struct Source {
     pub(super) unix: HashMap<u32, UnixSocket>,
     /// Names of the network devices by index.
     pub(super) devices: HashMap<u32, String>,
+    /// Multicast groups by index of the device.
+    pub(super) groups: BTreeSet<(u32, IpAddr)>,
 }
 
 impl Source {
@@ -47,6 +51,7 @@ impl Source {
             Ok(Self {
                 netns_cookie: netns_cookie(probe.as_fd())?,
                 unix: sockdiag::unix_sockets()?,
+                groups: multicast::groups(init)?,
                 devices,
             })
         })
@@ -85,9 +90,8 @@ pub(super) fn dump(
     match (family, kind, protocol) {
         (libc::AF_NETLINK, ..) => netlink::dump(held, kind, protocol).map(Kind::Netlink),
         (libc::AF_UNIX, ..) => unix::dump(id, held, kind, source, out).map(Kind::Unix),
-        (libc::AF_INET | libc::AF_INET6, libc::SOCK_STREAM, libc::IPPROTO_TCP)
-        | (libc::AF_INET | libc::AF_INET6, libc::SOCK_DGRAM, libc::IPPROTO_UDP) => {
-            inet::dump(held, family, protocol, source, out).map(Kind::Inet)
+        (libc::AF_INET | libc::AF_INET6, ..) if inet::is_known(kind, protocol) => {
+            inet::dump(held, (family, kind, protocol), source, out).map(Kind::Inet)
         }
         _ => Err(Refusal::unmovable(format!("is {}", in_words(family, kind, protocol)))),
     }
@@ -98,8 +102,6 @@ fn in_words(family: i32, kind: i32, protocol: i32) -> String {
         (libc::AF_INET | libc::AF_INET6, _, libc::IPPROTO_MPTCP) => "an MPTCP socket",
         (libc::AF_INET | libc::AF_INET6, _, libc::IPPROTO_SCTP) => "an SCTP socket",
         (libc::AF_INET | libc::AF_INET6, _, libc::IPPROTO_UDPLITE) => "a UDP-Lite socket",
-        (libc::AF_INET | libc::AF_INET6, libc::SOCK_RAW, _) => "a raw IP socket",
-        (libc::AF_INET | libc::AF_INET6, libc::SOCK_DGRAM, _) => "an ICMP socket",
         (libc::AF_PACKET, ..) => "a packet socket",
         (libc::AF_VSOCK, ..) => "a vsock",
         (libc::AF_ALG, ..) => "a kernel crypto socket",

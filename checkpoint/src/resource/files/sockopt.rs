@@ -15,7 +15,11 @@ use crate::sys::sockopt;
 
 /// Options of one socket.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
-pub(crate) struct Image(Vec<Value>);
+pub(crate) struct Image {
+    values: Vec<Value>,
+    /// Instructions of its packet filter.
+    filter: Vec<[u8; 8]>,
+}
 
 /// One option.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -193,6 +197,11 @@ const NETLINK: [i32; 6] = [
 /// Level of netlink's options.
 const SOL_NETLINK: i32 = 270;
 
+/// Of raw sockets: which messages they get.
+const ICMP_FILTER: (i32, i32, usize) = (255, 1, 4);
+/// The same of version 6.
+const ICMPV6_FILTER: (i32, i32, usize) = (libc::IPPROTO_ICMPV6, 1, 32);
+
 /// Every option with its size.
 fn known() -> impl Iterator<Item = (i32, i32, usize)> {
     let ints = |level: i32, names: &'static [i32]| names.iter().map(move |name| (level, *name, 4));
@@ -206,7 +215,7 @@ fn known() -> impl Iterator<Item = (i32, i32, usize)> {
         .chain(ints(libc::IPPROTO_TCP, &TCP))
         .chain(ints(libc::IPPROTO_UDP, &UDP))
         .chain(ints(SOL_NETLINK, &NETLINK))
-        .chain([(libc::IPPROTO_TCP, libc::TCP_CONGESTION, LONGEST)])
+        .chain([(libc::IPPROTO_TCP, libc::TCP_CONGESTION, LONGEST), ICMP_FILTER, ICMPV6_FILTER])
 }
 
 /// Whether an option means anything to a socket of this protocol.
@@ -222,6 +231,7 @@ fn applies(level: i32, name: i32, family: i32, protocol: i32) -> bool {
     match level {
         libc::SOL_SOCKET => true,
         SOL_NETLINK => family == libc::AF_NETLINK,
+        255 => family == libc::AF_INET && protocol == libc::IPPROTO_ICMP,
         libc::IPPROTO_IPV6 => family == libc::AF_INET6,
         libc::IPPROTO_IP => family == libc::AF_INET || family == libc::AF_INET6,
         _ => protocol == level && (family == libc::AF_INET || family == libc::AF_INET6),
@@ -248,32 +258,51 @@ fn is_text(level: i32, name: i32) -> bool {
 
 pub(super) fn dump(held: &Held, family: i32, protocol: i32) -> Result<Image, Refusal> {
     let socket = held.fd.as_fd();
-    match sockopt::get(socket, libc::SOL_SOCKET, SO_GET_FILTER, &mut []) {
-        Ok(0) | Err(_) => (),
-        Ok(_) => return Err(Refusal::unmovable("is a socket with a packet filter")),
-    }
+    let filter = filter(socket).map_err(|_| {
+        // One that was loaded as eBPF cannot be read.
+        Refusal::unmovable("is a socket with a BPF program")
+    })?;
     let values = known()
         .filter(|(level, name, _)| applies(*level, *name, family, protocol))
         .filter_map(|(level, name, size)| {
             Some(Value { level, name, bytes: read(socket, level, name, size)? })
         })
         .collect();
-    Ok(Image(values))
+    Ok(Image { values, filter })
 }
 
 impl Image {
     /// Leaves out what means something else once a connection was made.
     pub(super) fn without_connection(mut self) -> Self {
         let connection = [libc::TCP_MAXSEG, libc::TCP_WINDOW_CLAMP];
-        self.0
+        self.values
             .retain(|value| value.level != libc::IPPROTO_TCP || !connection.contains(&value.name));
         self
     }
 }
 
+/// The instructions of a socket's packet filter.
+fn filter(socket: BorrowedFd<'_>) -> io::Result<Vec<[u8; 8]>> {
+    // The length of this option counts instructions, not bytes.
+    let len = match sockopt::get(socket, libc::SOL_SOCKET, SO_GET_FILTER, &mut []) {
+        Ok(len) => len,
+        Err(err) if err.raw_os_error() == Some(libc::EACCES) => return Err(err),
+        Err(_) => 0,
+    };
+    let mut bytes = vec![0; len * 8];
+    if len > 0 {
+        sockopt::get(socket, libc::SOL_SOCKET, SO_GET_FILTER, &mut bytes)?;
+    }
+    Ok(bytes.as_chunks().0.to_vec())
+}
+
 /// Sets every option that differs. Comes before `bind`, which fixes some.
 pub(super) fn restore(image: &Image, socket: BorrowedFd<'_>) -> Result<(), Failure> {
-    for Value { level, name, bytes } in &image.0 {
+    let Image { values, filter } = image;
+    if self::filter(socket).making("read the packet filter")? != *filter {
+        sockopt::attach_filter(socket, filter).making("attach the packet filter")?;
+    }
+    for Value { level, name, bytes } in values {
         let Some((_, _, size)) = known().find(|(l, n, _)| (l, n) == (level, name)) else {
             return Err(Failure::Damaged("an unknown socket option"));
         };

@@ -69,6 +69,7 @@ const WORLDS: &[(&str, fn())] = &[
     ("inet", sockets::inet),
     ("established", sockets::established),
     ("connections", tcp::connections),
+    ("odd_sockets", sockets::odd),
     ("unix_pairs", unix::pairs),
     ("unix_listening", unix::listening),
     ("unix_named", unix::named),

@@ -104,3 +104,43 @@ fn established_connections_are_refused_or_closed() {
         assert_eq!(got.unwrap_err(), rustix::io::Errno::NOTCONN);
     }
 }
+
+pub(super) fn odd() {
+    loopback_up();
+    let udp = UdpSocket::bind("0.0.0.0:7010").unwrap();
+    let group = std::net::Ipv4Addr::new(239, 1, 2, 3);
+    udp.join_multicast_v4(&group, &std::net::Ipv4Addr::LOCALHOST).unwrap();
+    put(udp, 100);
+    let udp = UdpSocket::bind("[::]:7011").unwrap();
+    udp.join_multicast_v6(&"ff12::77".parse().unwrap(), 1).unwrap();
+    put(udp, 101);
+    put(UdpSocket::bind("0.0.0.0:7012").unwrap(), 102);
+    let raw = |family, kind, protocol| rustix::net::socket(family, kind, Some(protocol)).unwrap();
+    let icmp = raw(AddressFamily::INET, SocketType::RAW, rustix::net::ipproto::ICMP);
+    crate::sys::sockopt::set_int(icmp.as_fd(), 255, 1, 0x55).unwrap();
+    // Accepts the first 40 bytes of every packet.
+    let program = [[0x06, 0, 0, 0, 40, 0, 0, 0]];
+    crate::sys::sockopt::attach_filter(icmp.as_fd(), &program).unwrap();
+    put(icmp, 103);
+    put(raw(AddressFamily::INET6, SocketType::RAW, rustix::net::ipproto::EGP), 104);
+}
+
+#[test]
+fn groups_filters_and_raw_sockets_come_back() {
+    let Some(mut holder) = Holder::start("odd_sockets") else { return };
+    assert_eq!(holder.inspect(&Options::default()), []);
+    let restored = holder.migrate();
+    restored.assert_same(100..=104);
+    // Nobody else is in that network namespace.
+    let groups = super::super::in_netns(restored.netns.as_fd(), || {
+        Command::new("ip").args(["maddress", "show", "dev", "lo"]).output()
+    });
+    let groups = String::from_utf8(groups.unwrap().stdout).unwrap();
+    assert!(groups.contains("239.1.2.3") && groups.contains("ff12::77"), "{groups}");
+    let filter = crate::sys::sockopt::get_int(restored.fd(103), 255, 1).unwrap();
+    assert_eq!(filter, 0x55);
+    let mut bytes = [0; 8];
+    crate::sys::sockopt::get(restored.fd(103), libc::SOL_SOCKET, libc::SO_GET_FILTER, &mut bytes)
+        .unwrap();
+    assert_eq!(bytes, [0x06, 0, 0, 0, 40, 0, 0, 0]);
+}
