@@ -49,16 +49,6 @@ pub(super) enum Failure {
 }
 
 impl Failure {
-    /// For the last step, where the image is no more at hand.
-    pub(super) fn alone(self) -> RestoreError {
-        match self {
-            Self::Failed { what, source } => {
-                RestoreError::Process { what: format!("{what}, a connection,"), pid: 0, source }
-            }
-            other => other.at(&Image::default(), 0),
-        }
-    }
-
     /// Says for which fd of the image it happened.
     pub(super) fn at(self, image: &Image, file: usize) -> RestoreError {
         let holder = image.tables.iter().find_map(|table| {

@@ -281,6 +281,7 @@ impl<'a> Source<'a> {
 
     fn kind(&self, id: usize, held: &Held, out: &mut Collector<'_>) -> Result<Kind, Refusal> {
         if let Some(n) = self.stdio[id] {
+            stdio::judge(held, out);
             return Ok(Kind::Stdio(n));
         }
         if held.info.oflags().contains(OFlags::PATH) {
@@ -503,14 +504,18 @@ impl Opened {
         self.posix_locks.get(&ns_pid).map_or(&[], Vec::as_slice)
     }
 
-    /// Starts what runs by itself: the last step before the thaw. `host` gives
+    /// Starts what runs by itself: the last step before the thaw. By now the
+    /// tree may be nowhere else, so that what fails is told and survived, but
+    /// for a timer, which a program would wait for in vain. `host` gives
     /// the pid in our namespace of a task of the container.
     pub(crate) fn arm(
         &mut self,
         host: &(dyn Fn(i32) -> Option<Pid> + Sync),
     ) -> Result<(), RestoreError> {
         for connection in &self.connections {
-            connection.arm(&self.files[connection.file()]).map_err(Failure::alone)?;
+            if let Err(failure) = connection.arm(&self.files[connection.file()]) {
+                warn!(?failure, "a connection did not come back");
+            }
         }
         for placed in &mut self.placed {
             if let Err(err) = placed.arm() {
@@ -523,9 +528,9 @@ impl Opened {
             }
         }
         for (id, owner) in &self.owners {
-            owner::arm(owner, self.files[*id as usize].as_fd(), host).map_err(|source| {
-                RestoreError::Process { what: "set the owner of a file".into(), pid: 0, source }
-            })?;
+            if let Err(err) = owner::arm(owner, self.files[*id as usize].as_fd(), host) {
+                warn!(%err, "nobody is told any more that a file is ready");
+            }
         }
         for (id, timer) in &self.timers {
             timerfd::arm(timer, self.files[*id as usize].as_fd()).map_err(|source| {

@@ -8,7 +8,7 @@ use std::os::fd::OwnedFd;
 
 use rustix::fs::{FileType, OFlags};
 
-use super::{Failure, Making, Source, Target, pipe, set_status, table::Held, tty, unix};
+use super::{Collector, Failure, Making, Source, Target, pipe, set_status, table::Held, tty, unix};
 
 /// For each description the standard stream that replaces it: that of init's
 /// own fds 0 to 2, and every other way into the same object.
@@ -61,6 +61,14 @@ fn leads_out(held: &Held, source: &Source<'_>) -> bool {
         FileType::CharacterDevice if tty::is_terminal(held) => tty::leads_out(held, source),
         FileType::CharacterDevice => rustix::termios::isatty(&held.fd) || !in_container(),
         _ => false,
+    }
+}
+
+/// Names what stays behind with the stream.
+pub(super) fn judge(held: &Held, out: &mut Collector<'_>) {
+    let is_pipe = held.file_type() == FileType::Fifo && held.info.can_read();
+    if is_pipe && rustix::io::ioctl_fionread(&held.fd).is_ok_and(|queued| queued > 0) {
+        out.losses.push("leaves input behind that nobody has read yet".to_owned());
     }
 }
 

@@ -113,7 +113,7 @@ pub(super) fn dump(fd: BorrowedFd<'_>, info: &[u8]) -> Result<Image, Refusal> {
             "try again in a moment",
         ));
     }
-    let received = peek(fd, waiting(fd).doing("read its queue")?).doing("read its queue")?;
+    let received = received(fd).doing("read its queue")?;
     // Repair forgets whether the port may be shared.
     let reuse = sockopt::get_int(fd, libc::SOL_SOCKET, libc::SO_REUSEADDR).doing("read it")?;
     set(fd, TCP_REPAIR, ON).doing("repair a connection (needs CAP_NET_ADMIN)")?;
@@ -130,8 +130,19 @@ fn is_known(state: u8) -> bool {
     matches!(state, ESTABLISHED | FIN_WAIT1 | FIN_WAIT2 | CLOSE_WAIT | LAST_ACK | CLOSING)
 }
 
-fn waiting(fd: BorrowedFd<'_>) -> io::Result<usize> {
-    usize::try_from(rustix::io::ioctl_fionread(fd)?).map_err(io::Error::other)
+/// What waits to be read, wherever the program's own looks have got to.
+fn received(fd: BorrowedFd<'_>) -> io::Result<Vec<u8>> {
+    let len = usize::try_from(rustix::io::ioctl_fionread(fd)?).map_err(io::Error::other)?;
+    // Kernels before 6.9 have no such option for TCP.
+    match sockopt::get_int(fd, libc::SOL_SOCKET, libc::SO_PEEK_OFF) {
+        Ok(looked) if looked >= 0 => {
+            sockopt::set_int(fd, libc::SOL_SOCKET, libc::SO_PEEK_OFF, 0)?;
+            let data = peek(fd, len);
+            sockopt::set_int(fd, libc::SOL_SOCKET, libc::SO_PEEK_OFF, looked)?;
+            data
+        }
+        _ => peek(fd, len),
+    }
 }
 
 fn peek(fd: BorrowedFd<'_>, len: usize) -> io::Result<Vec<u8>> {
@@ -220,7 +231,7 @@ pub(super) fn connect(
     make_room(fd, libc::SO_RCVBUF, libc::SO_RCVBUFFORCE, received.len())
         .and_then(|()| fill(fd, RECEIVE_QUEUE, received))
         .making("fill the receive queue of a connection")?;
-    make_room(fd, libc::SO_SNDBUF, libc::SO_SNDBUFFORCE, sent.len() + image.unsent.len())
+    make_room(fd, libc::SO_SNDBUF, libc::SO_SNDBUFFORCE, sent.len())
         .and_then(|()| fill(fd, SEND_QUEUE, sent))
         .making("fill the send queue of a connection")?;
     set_window(image, fd).making("set the window of a connection")?;
@@ -301,6 +312,7 @@ impl Image {
 pub(super) fn arm(ending: &Ending, fd: BorrowedFd<'_>) -> io::Result<()> {
     // The kernel asks the peer where it stands, which says where we are.
     set(fd, TCP_REPAIR, OFF)?;
+    make_room(fd, libc::SO_SNDBUF, libc::SO_SNDBUFFORCE, ending.unsent.len())?;
     push(fd, &ending.unsent)?;
     if ending.fin_sent {
         rustix::net::shutdown(fd, Shutdown::Write)?;
