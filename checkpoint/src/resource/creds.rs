@@ -4,7 +4,7 @@
 //! Last of all that a thread is given: afterwards it may do no more than the
 //! program it becomes.
 
-use std::io;
+use std::{fs, io};
 
 use nix::unistd::Pid;
 use serde::{Deserialize, Serialize};
@@ -73,10 +73,11 @@ pub(crate) fn answer(
             seccomp.push(Filter { program, flags });
         }
     }
+    let (uids, gids) = (IdMap::of(tid, "uid_map")?, IdMap::of(tid, "gid_map")?);
     Ok(Image {
-        uids: status.uids,
-        gids: status.gids,
-        groups: status.groups.clone(),
+        uids: uids.inside_all(status.uids)?,
+        gids: gids.inside_all(status.gids)?,
+        groups: status.groups.iter().map(|&gid| gids.inside(gid)).collect::<io::Result<_>>()?,
         inheritable: status.cap_inheritable,
         permitted: status.cap_permitted,
         effective: status.cap_effective,
@@ -88,6 +89,39 @@ pub(crate) fn answer(
         seccomp,
         parent_death_signal: results.u32(asked.parent_death_signal, 0).cast_signed(),
     })
+}
+
+/// How ids that we see are called inside a task's user namespace
+/// (`user_namespaces(7)`).
+struct IdMap(Vec<[u32; 3]>);
+
+impl IdMap {
+    fn of(tid: Pid, file: &str) -> io::Result<Self> {
+        // In a namespace that we share, ids are what they are to us; the file
+        // would show their names one level further out.
+        if fs::read_link(format!("/proc/{tid}/ns/user"))? == fs::read_link("/proc/self/ns/user")? {
+            return Ok(Self(vec![[0, 0, u32::MAX]]));
+        }
+        let text = fs::read_to_string(format!("/proc/{tid}/{file}"))?;
+        let line = |line: &str| {
+            let mut words = line.split_whitespace().map_while(|word| word.parse().ok());
+            Some([words.next()?, words.next()?, words.next()?])
+        };
+        Ok(Self(text.lines().filter_map(line).collect()))
+    }
+
+    fn inside(&self, id: u32) -> io::Result<u32> {
+        self.0
+            .iter()
+            .find(|[_, outside, count]| id.checked_sub(*outside).is_some_and(|at| at < *count))
+            .map(|[inside, outside, _]| inside + (id - outside))
+            .ok_or_else(|| io::Error::other(format!("id {id} has no name in its user namespace")))
+    }
+
+    fn inside_all(&self, ids: [u32; 4]) -> io::Result<[u32; 4]> {
+        let [real, effective, saved, file] = ids;
+        Ok([self.inside(real)?, self.inside(effective)?, self.inside(saved)?, self.inside(file)?])
+    }
 }
 
 const SECCOMP_MODE_STRICT: u32 = 1;
@@ -170,4 +204,20 @@ fn capset(batch: &mut Batch, permitted: u64, effective: u64, inheritable: u64) {
 
 fn bits(set: u64) -> impl Iterator<Item = u64> {
     (0..=CAP_BITS).filter(move |n| set & 1 << n != 0).map(u64::from)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ids_have_their_inner_names() {
+        let map = IdMap(vec![[0, 100_000, 10], [500, 7, 1]]);
+        assert_eq!(map.inside(100_009).unwrap(), 9);
+        assert_eq!(map.inside(7).unwrap(), 500);
+        assert!(map.inside(100_010).is_err());
+        assert!(map.inside(0).is_err());
+        let ours = IdMap::of(Pid::this(), "uid_map").unwrap();
+        assert_eq!(ours.inside(1000).unwrap(), 1000);
+    }
 }

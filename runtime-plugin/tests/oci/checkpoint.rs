@@ -2,7 +2,8 @@
 
 use std::fs;
 use std::io::IoSlice;
-use std::process::Stdio;
+use std::os::unix::fs::PermissionsExt;
+use std::process::{Command, Stdio};
 use std::thread;
 use std::time::Duration;
 
@@ -160,6 +161,36 @@ fn an_image_can_be_restored_beside_the_original() {
         until("the copy counts", || counted(&other).is_some());
         assert!(10 < counted(&other).unwrap().0, "it began anew");
     }
+}
+
+#[test]
+fn a_user_namespace_moves_with_its_ids() {
+    if needs_root() {
+        return;
+    }
+    let bundle = Bundle::with(&["sh", "-c", COUNT], |spec| {
+        let map = json!([{ "containerID": 0, "hostID": 100_000, "size": 65_536 }]);
+        spec["linux"]["uidMappings"] = map.clone();
+        spec["linux"]["gidMappings"] = map;
+        let namespaces = spec["linux"]["namespaces"].as_array_mut().unwrap();
+        namespaces.push(json!({ "type": "user" }));
+        spec["process"]["user"] = json!({ "uid": 7, "gid": 8, "additionalGids": [9] });
+    });
+    fs::set_permissions(bundle.dir(), fs::Permissions::from_mode(0o755)).unwrap();
+    let mut own = Command::new("chown");
+    let own = own.args(["-R", "100000:100000"]).arg(bundle.path("rootfs")).status().unwrap();
+    assert!(own.success());
+    bundle.ok(&["run", "--bundle", bundle.dir(), "--detach", "c"]);
+    let ids = || bundle.ok(&["exec", "c", "grep", "-E", "^([UG]id|Groups|Cap)", "/proc/1/status"]);
+    until("it counts", || 10 < last(&bundle));
+    let before = ids();
+    assert!(before.contains("Uid:\t7\t7\t7\t7\nGid:\t8\t8\t8\t8\nGroups:\t9"), "{before}");
+    let path = bundle.path("image");
+    let path = path.to_str().unwrap();
+    bundle.ok(&["checkpoint", "--image-path", path, "c"]);
+    bundle.ok(&restore(&bundle, path, &["--detach"]));
+    until("it counts on", || counted(&bundle).is_some());
+    assert_eq!(ids(), before);
 }
 
 #[test]
