@@ -1,6 +1,10 @@
 //! What `/proc/PID/fdinfo/FD` says.
 
-use std::{fs, io, os::fd::RawFd};
+use std::{
+    fs::File,
+    io::{self, Read},
+    os::fd::RawFd,
+};
 
 use nix::unistd::Pid;
 use rustix::fs::OFlags;
@@ -20,7 +24,9 @@ pub(super) struct FdInfo {
 
 impl FdInfo {
     pub(super) fn read(pid: Pid, fd: RawFd) -> io::Result<Self> {
-        let text = fs::read_to_string(format!("/proc/{pid}/fdinfo/{fd}"))?;
+        // Room enough for one read: the file does not say how long it is.
+        let mut text = String::with_capacity(4096);
+        File::open(format!("/proc/{pid}/fdinfo/{fd}"))?.read_to_string(&mut text)?;
         Self::parse(&text).ok_or_else(|| io::Error::other("fdinfo in an unknown form"))
     }
 

@@ -223,6 +223,7 @@ impl<'a> Source<'a> {
     fn collect(tables: &[TableRef], ctx: &'a Context<'a>, frozen: bool) -> Result<Self, DumpError> {
         let process =
             |what| move |source: std::io::Error| DumpError::Process { what, pid: ctx.init, source };
+        table::lift_limit().map_err(process("lift our own limit before reading the files"))?;
         let mut tables = Tables::collect(tables, frozen)?;
         let root = Root::of(ctx.init).map_err(process("find the root directory"))?;
         let sockets = socket::Source::of(ctx.init, tables.held.iter().any(Held::is_socket))
@@ -378,6 +379,7 @@ pub(crate) struct EpollItem {
 pub(crate) fn open(image: &Image, target: &Target<'_>) -> Result<Opened, RestoreError> {
     let Image { files, pipes, tables, ptys } = image;
     check(image)?;
+    table::lift_limit().map_err(RestoreError::Source)?;
     let failed = |id: usize| move |failure: Failure| failure.at(image, id);
 
     let mut made: Vec<Option<OwnedFd>> = files.iter().map(|_| None).collect();

@@ -8,7 +8,10 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use nix::unistd::Pid;
+use nix::{
+    sys::resource::{Resource, getrlimit, setrlimit},
+    unistd::Pid,
+};
 use rustix::{
     fs::{FileType, Stat},
     process::{PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open},
@@ -218,6 +221,16 @@ impl Tables {
             })
             .collect()
     }
+}
+
+/// Lets the engine have as many fds as it may: it holds every description of
+/// the tree at once.
+pub(super) fn lift_limit() -> io::Result<()> {
+    let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE)?;
+    if soft < hard {
+        setrlimit(Resource::RLIMIT_NOFILE, hard, hard)?;
+    }
+    Ok(())
 }
 
 fn link(fd: &OwnedFd) -> io::Result<PathBuf> {

@@ -55,6 +55,7 @@ const WORLDS: &[(&str, fn())] = &[
     ("devices", basics::devices),
     ("counters", basics::counters),
     ("shared", basics::shared),
+    ("many", basics::many),
     ("ghosts", ghosts::ghosts),
     ("unmovable", basics::unmovable),
     ("terminals", kernel::terminals),

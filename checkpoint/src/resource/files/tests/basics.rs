@@ -327,3 +327,29 @@ fn owners_are_told_by_the_same_signal() {
     assert_eq!(crate::sys::fcntl::signal(restored.fd(100)).unwrap(), 40);
     assert_eq!(crate::sys::fcntl::owner(restored.fd(102)).unwrap().pid, 0);
 }
+
+pub(super) fn many() {
+    for number in 0..2000 {
+        let event = rustix::event::eventfd(number, EventfdFlags::empty()).unwrap();
+        put(event, 1000 + i32::try_from(number).unwrap());
+    }
+    for number in (4000..5000).step_by(2) {
+        let (a, b) = std::os::unix::net::UnixStream::pair().unwrap();
+        put(a, number);
+        put(b, number + 1);
+    }
+}
+
+#[test]
+fn thousands_of_descriptions_stay_apart() {
+    let Some(mut holder) = Holder::start("many") else { return };
+    assert_eq!(holder.inspect(&Options::default()), []);
+    let restored = holder.migrate();
+    for number in 1..2000 {
+        assert_eq!(read_u64(restored.fd(1000 + number)), Ok(u64::from(number.cast_unsigned())));
+    }
+    for number in (4000..5000).step_by(2) {
+        rustix::io::write(restored.fd(number), b"x").unwrap();
+        assert_eq!(rustix::io::read(restored.fd(number + 1), &mut [0; 2]), Ok(1));
+    }
+}
