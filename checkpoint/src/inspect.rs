@@ -19,8 +19,24 @@ use crate::{
     skeleton,
 };
 
+/// How often a tree is looked at before it is called unmovable.
+const LOOKS: u32 = 3;
+
 /// Judges the tree below `root`.
+///
+/// It runs, so a look may fall into the middle of a change; what is really in
+/// the way is there at each.
 pub(crate) fn inspect(root: Pid, options: &Options) -> Result<Verdict, DumpError> {
+    for _ in 1..LOOKS {
+        match look(root, options)? {
+            verdict if verdict.is_movable() => return Ok(verdict),
+            verdict => tracing::debug!(?verdict, "looking again"),
+        }
+    }
+    look(root, options)
+}
+
+fn look(root: Pid, options: &Options) -> Result<Verdict, DumpError> {
     let mut verdict = Verdict::default();
     let processes = proc::processes_below(root).map_err(|_| DumpError::NoProcess(root))?;
     let home = Home::of(root).ok_or(DumpError::NoProcess(root))?;

@@ -194,6 +194,26 @@ fn a_user_namespace_moves_with_its_ids() {
 }
 
 #[test]
+fn a_tree_that_forks_without_pause_moves() {
+    if needs_root() {
+        return;
+    }
+    let program = "echo up; while :; do /bin/true; /bin/true & wait; done";
+    let bundle = Bundle::new(&["sh", "-c", program]);
+    bundle.ok(&["run", "--bundle", bundle.dir(), "--detach", "c"]);
+    until("it runs", || bundle.output_of("c") == "up\n");
+    let path = bundle.path("image");
+    let path = path.to_str().unwrap();
+    for _ in 0..20 {
+        bundle.ok(&["checkpoint", "--leave-running", "--image-path", path, "c"]);
+    }
+    for _ in 0..5 {
+        bundle.ok(&["checkpoint", "--image-path", path, "c"]);
+        bundle.ok(&restore(&bundle, path, &["--detach"]));
+    }
+}
+
+#[test]
 fn killed_checkpoints_are_not_in_the_way_of_the_next() {
     if needs_root() {
         return;
