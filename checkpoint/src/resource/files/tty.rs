@@ -178,7 +178,9 @@ pub(crate) fn take_control(control: Control, remote: &Remote, leader: &Tracee) -
     let Control { fd, foreground } = control;
     let mut batch = Batch::new();
     let group = batch.bytes(&foreground.to_le_bytes());
-    batch.call(libc::SYS_ioctl, args![fd, libc::TIOCSCTTY, 1]);
+    // Never by force: the stream that was given may be the terminal of the
+    // shell from which the container is restored.
+    batch.call(libc::SYS_ioctl, args![fd, libc::TIOCSCTTY, 0]);
     batch.call(libc::SYS_ioctl, args![fd, libc::TIOCSPGRP, group]);
     remote.run(leader, &batch).map(drop)
 }
