@@ -68,13 +68,25 @@ pub(crate) fn receive(root: &Root, cli: &Cli, args: &Receive) -> Result<u8> {
     let mut link = DestinationLink::resume(stream, limits, &offer, image::VERSION)?;
     match build(root, cli, args, &offer, &mut link, &mut shim) {
         Ok((sandbox, committed, arrived)) => {
-            shim.tell(&Event::Destination(DestinationState::Running));
-            if let Err(err) = link.running(committed, arrived) {
-                tracing::warn!(%err, "the source does not hear that it runs here; it will ask");
-            }
-            // It runs: what is left undone here is said and undoes nothing.
-            if let Err(err) = sandbox.commit() {
-                tracing::error!("{err:#}");
+            let answer = || {
+                if let Err(err) = link.running(committed, arrived) {
+                    tracing::warn!(%err, "the source does not hear that it runs here; it asks");
+                }
+            };
+            let settle = || {
+                // It runs: what is left undone here is said and undoes nothing.
+                if let Err(err) = sandbox.commit() {
+                    tracing::error!("{err:#}");
+                }
+            };
+            if shim.tell(&Event::Destination(DestinationState::Running)) {
+                answer();
+                settle();
+            } else {
+                // A shim that is gone will ask the runtime, which must know it
+                // before the source ends the original.
+                settle();
+                answer();
             }
             Ok(0)
         }
@@ -223,12 +235,14 @@ impl Shim {
         }
     }
 
-    fn tell(&mut self, event: &Event) {
+    /// Tells the shim something; says whether it is there.
+    fn tell(&mut self, event: &Event) -> bool {
         let line = serde_json::to_string(event).unwrap_or_default() + "\n";
-        // A shim that is gone looks at the container when it is back.
-        if let Err(err) = self.events.write_all(line.as_bytes()) {
+        let told = self.events.write_all(line.as_bytes());
+        if let Err(err) = &told {
             tracing::warn!(%err, "the shim does not listen");
         }
+        told.is_ok()
     }
 }
 

@@ -5,7 +5,7 @@ mod migrations;
 mod node;
 mod peer;
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use axum::{
     Json, Router,
@@ -25,6 +25,9 @@ use utoipa::OpenApi;
 use uuid::Uuid;
 
 use crate::daemon::Shim;
+
+/// Longest time a request's body may take to come.
+const PATIENCE: Duration = Duration::from_secs(10);
 
 /// The OpenAPI document, made from the handlers and their types.
 #[derive(OpenApi)]
@@ -127,7 +130,12 @@ impl<T: DeserializeOwned, S: Send + Sync> FromRequest<S> for Body<T> {
 
     async fn from_request(request: Request, _: &S) -> Result<Self, Failure> {
         let path = request.uri().path().to_owned();
-        let bytes = to_bytes(request.into_body(), MAX_REQUEST).await.map_err(|_| {
+        let bytes = to_bytes(request.into_body(), MAX_REQUEST);
+        let bytes = tokio::time::timeout(PATIENCE, bytes).await.map_err(|_| {
+            let detail = "the request did not come to its end in time";
+            Problem::new(ErrorCode::BadRequest, &path, detail)
+        })?;
+        let bytes = bytes.map_err(|_| {
             let detail = format!("the request is longer than {MAX_REQUEST} bytes or cut short");
             Problem::new(ErrorCode::TooLarge, &path, detail)
         })?;
