@@ -9,6 +9,7 @@ use liboci_cli::{CommonCmd, GlobalOpts, StandardCmd};
 
 use crate::client::UserCommand;
 use crate::commands::checkpoint::Checkpoint;
+use crate::commands::completion::Completion;
 use crate::commands::restore::Restore;
 use crate::hook::Hook;
 use crate::receive::Receive;
@@ -22,6 +23,9 @@ pub(crate) struct Cli {
     /// Lowest level of log lines: error, warn, info, debug or trace.
     #[arg(long)]
     pub(crate) log_level: Option<String>,
+    /// Not supported: a service manager takes stderr to the journal.
+    #[arg(long)]
+    pub(crate) systemd_log: bool,
     /// Prints the version.
     #[arg(short, long)]
     pub(crate) version: bool,
@@ -44,6 +48,7 @@ pub(crate) enum Command {
     User(UserCommand),
     /// Shows what this host offers to containers
     Info,
+    Completion(Completion),
 }
 
 impl Command {
@@ -53,7 +58,11 @@ impl Command {
             Self::Standard(command) => matches!(**command, StandardCmd::Create(_)),
             Self::Common(command) => matches!(**command, CommonCmd::Run(_) | CommonCmd::Exec(_)),
             Self::Restore(_) | Self::Receive(_) => true,
-            Self::Checkpoint(_) | Self::Hook(_) | Self::User(_) | Self::Info => false,
+            Self::Checkpoint(_)
+            | Self::Hook(_)
+            | Self::User(_)
+            | Self::Info
+            | Self::Completion(_) => false,
         }
     }
 }

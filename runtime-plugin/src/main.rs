@@ -24,7 +24,7 @@ mod worklog;
 use std::env;
 use std::process::ExitCode;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use liboci_cli::{CommonCmd, StandardCmd};
 
 use crate::cli::{Cli, Command};
@@ -44,6 +44,9 @@ fn main() -> ExitCode {
 }
 
 fn run(cli: &Cli) -> Result<u8> {
+    if cli.systemd_log {
+        bail!("--systemd-log is not supported");
+    }
     let Some(command) = &cli.command else {
         return commands::info::version();
     };
@@ -63,7 +66,7 @@ fn run(cli: &Cli) -> Result<u8> {
         },
         Command::Common(command) => match command.as_ref() {
             CommonCmd::Checkpointt(_) => {
-                anyhow::bail!("checkpointt is not a command of dunlin; it is spelt checkpoint")
+                bail!("checkpointt is not a command of dunlin; it is spelt checkpoint")
             }
             CommonCmd::Events(args) => commands::events::events(&root, args),
             CommonCmd::Exec(args) => commands::exec::exec(&root, args),
@@ -82,5 +85,6 @@ fn run(cli: &Cli) -> Result<u8> {
         Command::Hook(args) => Ok(hook::hook(args)),
         Command::User(command) => client::run(command),
         Command::Info => commands::info::info(),
+        Command::Completion(args) => commands::completion::completion(args),
     }
 }

@@ -3,6 +3,7 @@
 //! Each returns the exit code. stdout belongs to the caller.
 
 pub(crate) mod checkpoint;
+pub(crate) mod completion;
 pub(crate) mod create;
 pub(crate) mod events;
 pub(crate) mod exec;

@@ -363,6 +363,9 @@ fn features_and_version_are_parseable() {
     assert!(features["hooks"].as_array().unwrap().contains(&json!("poststop")));
     assert!(bundle.ok(&["--version"]).starts_with("dunlin version "));
     assert!(bundle.ok(&["info"]).contains("Kernel"));
+    assert!(bundle.ok(&["completion", "--shell", "bash"]).contains("_dunlin()"));
+    let journal = bundle.fails(&["--systemd-log", "list"]);
+    assert_eq!(journal, "error: --systemd-log is not supported\n");
     let usage = bundle.command(&["nonsense"]).stderr(Stdio::null()).status().unwrap();
     assert_eq!(usage.code(), Some(1));
 }
