@@ -237,7 +237,7 @@ fn dump_process(
     let (leader, others) = process.threads.split_first_mut().ok_or(DumpError::Vanished(pid))?;
     judge_thread(leader).map_err(failed("move a thread", pid))?;
     let xstate = ptrace::xstate(pid).map_err(failed("read the registers", pid))?;
-    let remote = Remote::install(leader, (tgid, tgid), &process.vmas, &signals)
+    let remote = Remote::install(leader, others, (tgid, tgid), &mut process.vmas, &signals)
         .map_err(failed("bring in the stub", pid))?;
     let remote = process.remote.insert(remote);
 

@@ -194,9 +194,6 @@ fn collect(mut seized: Seized) -> Result<FrozenTree, DumpError> {
         let threads = seized.threads.remove(&pid).unwrap_or_default();
         let mut threads: Vec<Tracee> = threads.into_iter().filter_map(|(_, t)| t).collect();
         threads.sort_by_key(|t| t.tid != pid);
-        for thread in &mut threads {
-            thread.mend_interrupted();
-        }
         // From here on the tree's own drop thaws them.
         let status = Status::of(pid);
         if status.is_err() && threads.is_empty() {

@@ -278,12 +278,14 @@ struct Tracker {
 impl Tracker {
     /// Makes the stopped process create a userfaultfd and takes it over.
     fn install(process: &mut Process, generation: u64) -> io::Result<Self> {
-        let vmas = proc::vmas(process.pid)?;
+        let mut vmas = proc::vmas(process.pid)?;
         let tgid = process.status.tgid();
         let statuses =
             process.threads.iter().map(|t| Status::of(t.tid)).collect::<io::Result<Vec<_>>>()?;
-        let leader = process.threads.first_mut().ok_or(io::ErrorKind::NotFound)?;
-        let remote = Remote::install(leader, (tgid, tgid), &vmas, &SignalUse::of(&statuses))?;
+        let threads = process.threads.split_first_mut();
+        let (leader, others) = threads.ok_or(io::ErrorKind::NotFound)?;
+        let signals = SignalUse::of(&statuses);
+        let remote = Remote::install(leader, others, (tgid, tgid), &mut vmas, &signals)?;
         // Whatever happens next, thawing takes the stub out again.
         let remote = process.remote.insert(remote);
         let mut batch = Batch::new();

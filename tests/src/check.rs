@@ -62,7 +62,7 @@ pub fn unless_skipped(test: impl FnOnce() -> Result<()>) -> Result<()> {
 /// Compares until nothing differs. A task that was just released needs a
 /// moment to be back in the call in which it was stopped, and that shows: in
 /// the signal mask of `ppoll`, or the depth of its stack.
-fn settled(child: &Child, before: &Facts) -> Result<()> {
+pub fn settled(child: &Child, before: &Facts) -> Result<()> {
     let start = Instant::now();
     loop {
         let after = child.facts();

@@ -29,21 +29,14 @@ impl Memory {
         self.records.truncate(n);
     }
 
-    /// Inverts one bit, counted over the bodies of all records joined.
-    pub fn flip(&mut self, bit: usize) {
-        let mut byte = bit / 8;
-        for (_, body) in &mut self.records {
-            match body.get_mut(byte) {
-                Some(found) => return *found ^= 1 << (bit % 8),
-                None => byte -= body.len(),
-            }
+    /// Inverts one bit of record `n`, counted round if the record is shorter.
+    pub fn flip(&mut self, n: usize, bit: usize) {
+        if let Some((_, body)) = self.records.get_mut(n)
+            && !body.is_empty()
+        {
+            let byte = bit / 8 % body.len();
+            body[byte] ^= 1 << (bit % 8);
         }
-    }
-
-    /// Bits in the bodies of all records.
-    #[must_use]
-    pub fn bits(&self) -> usize {
-        self.records.iter().map(|(_, body)| body.len() * 8).sum()
     }
 }
 

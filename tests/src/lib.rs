@@ -19,7 +19,7 @@ pub mod stage;
 pub mod worker;
 pub mod writer;
 
-pub use check::{at_rest, check, unless_skipped};
+pub use check::{at_rest, check, settled, unless_skipped};
 pub use child::{Child, Mood, Skipped};
 pub use facts::Facts;
 pub use worker::Place;

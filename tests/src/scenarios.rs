@@ -29,6 +29,25 @@ macro_rules! for_each_scenario {
     };
 }
 
+/// The same for worlds that cannot move, each with words of its refusal.
+#[macro_export]
+macro_rules! for_each_refusal {
+    ($with:ident) => {
+        $with! {
+            refused_io_uring: "io_uring"
+            refused_userfaultfd: "userfaultfd"
+            refused_fanotify: "fanotify"
+            refused_bpf: "BPF map"
+            refused_block_device: "block device"
+            refused_aio: "AIO"
+            refused_traced: "traced"
+            refused_namespace: "uts namespace"
+            refused_tcp: "TCP"
+            refused_outside_socket: "unix socket"
+        }
+    };
+}
+
 macro_rules! names {
     ($($name:ident)*) => {
         /// Every scenario's name.

@@ -6,13 +6,14 @@
 //! takes one [`Order`] per line of its stdin and answers each with one line.
 
 use std::fs::{self, File};
-use std::io::{self, BufRead, Read, Write};
+use std::io::{self, BufRead, IoSlice, Read, Write};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, bail, ensure};
+use dunlin_checkpoint::image::{FILE_NAME, FileSink, FileSource, ImageSink, ImageSource};
 use dunlin_checkpoint::{
     DumpReport, Options, RestoreReport, Sandbox, freeze, inspect, restore, skeleton,
 };
@@ -25,6 +26,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::sys::wait::{WaitStatus, waitpid};
 use nix::unistd::{Pid, getpid, pipe2};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
+use tempfile::TempDir;
 
 use crate::clone::start_as;
 use crate::image::{Full, Memory};
@@ -48,11 +50,12 @@ pub enum Order {
     Move,
     /// Ask for a verdict. Answer: the findings, one text each.
     Inspect,
-    /// Freeze and dump; thaw whatever comes. Answer: records written and bits in them.
+    /// Freeze, dump and thaw. Answer: [`Dumped`].
     Dump,
     /// Dump into a sink with room for so many records. Answer: the error.
     DumpIntoFull { room: usize },
-    /// Restore the last dump, damaged, beside the original. Answer: the error.
+    /// Restore the last dump, damaged, beside the original. Answer: the error,
+    /// or nothing when all of it could be built.
     RestoreDamaged(Damage),
     /// Wait until the root ends. Answer: its exit code.
     Wait,
@@ -62,9 +65,27 @@ pub enum Order {
 #[derive(Debug, Clone, Copy, Serialize, Deserialize)]
 pub enum Damage {
     /// Only so many records are left.
-    Truncate(usize),
-    /// One bit is inverted.
-    Flip(usize),
+    TruncateRecords(usize),
+    /// One bit of a record is inverted, with no checksum around it.
+    FlipRecord {
+        /// Which record.
+        record: usize,
+        /// Which bit, counted round.
+        bit: usize,
+    },
+    /// Only so many bytes of the file are left.
+    TruncateFile(usize),
+    /// One bit of the file is inverted.
+    FlipFile(usize),
+}
+
+/// The size of a dump.
+#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
+pub struct Dumped {
+    /// Records in it.
+    pub records: usize,
+    /// Bytes of the file made of them.
+    pub file: usize,
 }
 
 /// A finished move.
@@ -79,7 +100,7 @@ pub struct Moved {
 }
 
 /// The program `name` of this package, built beside the running test.
-pub(crate) fn program(name: &str) -> Result<PathBuf> {
+pub fn program(name: &str) -> Result<PathBuf> {
     let own = std::env::current_exe()?;
     let dir = own.ancestors().nth(1).context("no directory")?;
     // Tests lie in `deps/`, one below the programs.
@@ -94,7 +115,8 @@ pub fn serve() -> Result<()> {
     for fd in open_fds()? {
         fcntl(fd, FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC))?;
     }
-    let mut worker = Worker { place: Place::Plain, root: None, image: Memory::default() };
+    let mut worker =
+        Worker { place: Place::Plain, root: None, image: Memory::default(), file: None };
     let mut stdout = io::stdout();
     for line in io::stdin().lock().lines() {
         let answer = worker.obey(serde_json::from_str(&line?)?);
@@ -110,6 +132,8 @@ struct Worker {
     place: Place,
     root: Option<Pid>,
     image: Memory,
+    /// The same image in a file: its directory and content.
+    file: Option<(TempDir, Vec<u8>)>,
 }
 
 impl Worker {
@@ -135,13 +159,7 @@ impl Worker {
                     .map(|f| format!("{:?}: {} {}", f.judgement, f.object, f.reason));
                 told.collect::<Vec<_>>().into()
             }
-            Order::Dump => {
-                self.image = Memory::default();
-                let mut frozen = freeze(self.root()?, &options())?;
-                frozen.dump(&mut self.image)?;
-                frozen.thaw()?;
-                vec![self.image.len(), self.image.bits()].into()
-            }
+            Order::Dump => serde_json::to_value(self.dump()?)?,
             Order::DumpIntoFull { room } => {
                 let mut frozen = freeze(self.root()?, &options())?;
                 match frozen.dump(&mut Full { room }) {
@@ -150,18 +168,13 @@ impl Worker {
                 }
             }
             Order::RestoreDamaged(damage) => {
-                let mut image = self.image.clone();
-                match damage {
-                    Damage::Truncate(records) => image.truncate(records),
-                    Damage::Flip(bit) => image.flip(bit),
-                }
+                let before = (tree(getpid())?, open_fds()?, fs::read("/proc/self/mounts")?);
                 let init = new_skeleton(Place::Isolated, None)?;
-                let error = match restore(sandbox(init)?, &mut image) {
-                    Ok(_nascent) => bail!("{damage:?} went unnoticed"),
-                    Err(err) => format!("{:#}", anyhow::Error::from(err)),
-                };
+                let error = self.restore_damaged(init, damage).err();
                 collect(init)?;
-                error.into()
+                let after = (tree(getpid())?, open_fds()?, fs::read("/proc/self/mounts")?);
+                ensure!(before == after, "something was left behind");
+                serde_json::to_value(error.map(|err| format!("{err:#}")))?
             }
             Order::Wait => match waitpid(self.root()?, None)? {
                 WaitStatus::Exited(_, code) => code.into(),
@@ -172,6 +185,59 @@ impl Worker {
 
     fn root(&self) -> Result<Pid> {
         self.root.context("nothing was spawned")
+    }
+
+    /// Dumps the running tree, into memory and from there into a file.
+    fn dump(&mut self) -> Result<Dumped> {
+        self.image = Memory::default();
+        let mut frozen = freeze(self.root()?, &options())?;
+        frozen.dump(&mut self.image)?;
+        frozen.thaw()?;
+        let dir = tempfile::tempdir()?;
+        let mut file = FileSink::create(dir.path())?;
+        let (mut records, mut body) = (self.image.clone(), Vec::new());
+        while let Some(kind) = records.next(&mut body)? {
+            file.put(kind, &[IoSlice::new(&body)])?;
+        }
+        file.finish()?;
+        let bytes = fs::read(dir.path().join(FILE_NAME))?;
+        let dumped = Dumped { records: self.image.len(), file: bytes.len() };
+        self.file = Some((dir, bytes));
+        Ok(dumped)
+    }
+
+    /// Builds what is left of the last dump after `damage`, and drops it.
+    fn restore_damaged(&self, init: Pid, damage: Damage) -> Result<()> {
+        let mut image = self.image.clone();
+        let (dir, bytes) = self.file.as_ref().context("nothing was dumped")?;
+        let mut bytes = bytes.clone();
+        let nascent = match damage {
+            Damage::TruncateRecords(records) => {
+                image.truncate(records);
+                restore(sandbox(init)?, &mut image)
+            }
+            Damage::FlipRecord { record, bit } => {
+                image.flip(record, bit);
+                restore(sandbox(init)?, &mut image)
+            }
+            Damage::TruncateFile(_) | Damage::FlipFile(_) => {
+                match damage {
+                    Damage::TruncateFile(len) => bytes.truncate(len),
+                    Damage::FlipFile(bit) => bytes[bit / 8] ^= 1 << (bit % 8),
+                    _ => {}
+                }
+                fs::write(dir.path().join(FILE_NAME), bytes)?;
+                let sandbox = sandbox(init)?;
+                let source = FileSource::open(dir.path());
+                if source.is_err() {
+                    // Nobody takes the sandbox over.
+                    kill(init, Signal::SIGKILL)?;
+                }
+                restore(sandbox, &mut source?)
+            }
+        };
+        drop(nascent?);
+        Ok(())
     }
 
     fn relocate(&mut self) -> Result<Moved> {
@@ -302,6 +368,21 @@ fn started_as_init(command: &mut Command) -> Result<Pid> {
     // Or the engine could make no thread.
     setns(File::open("/proc/self/ns/pid")?, CloneFlags::CLONE_NEWPID)?;
     pid
+}
+
+/// Freezes, dumps and thaws a tree that is somebody else's, and says when it
+/// begins and that it is done: for whoever wants to kill an engine at work.
+pub fn dump(args: &[String]) -> Result<()> {
+    let [root] = args else { bail!("dump: needs a pid") };
+    let root = Pid::from_raw(root.parse()?);
+    let mut stdout = io::stdout();
+    stdout.write_all(b"b")?;
+    stdout.flush()?;
+    let mut frozen = freeze(root, &options())?;
+    frozen.dump(&mut Memory::default())?;
+    frozen.thaw()?;
+    stdout.write_all(b"e")?;
+    Ok(stdout.flush()?)
 }
 
 /// What a new init does before it becomes `args`.

@@ -78,20 +78,32 @@ fn fpstate(xstate: &[u8]) -> Vec<u8> {
 }
 
 /// Bytes reserved for a trampoline.
-pub(super) const TRAMPOLINE: usize = 160;
+pub(super) const TRAMPOLINE: usize = 208;
 
 /// Machine code that executes the syscall laid out in the registers, puts
 /// `mask` and then `regs` back and jumps to where they point: one syscall
-/// executed on loan, with no memory but this code.
+/// executed on loan, with no memory but this code. In between it takes back the
+/// SIGTRAP that the kernel sends when a tracer dies at a stop before or behind a
+/// syscall; all signals are blocked so far.
 /// Flags survive because `syscall` restores them from r11.
 pub(super) fn trampoline(regs: &user_regs_struct, mask: u64) -> Vec<u8> {
     let mut code = vec![
+        0x0f, 0x05, // syscall
+        0xb8, 128, 0, 0, 0, // mov eax, rt_sigtimedwait
+        0x31, 0xf6, // xor esi, esi
+        0x41, 0xba, 8, 0, 0, 0, // mov r10d, sizeof(set)
+    ];
+    code.extend_from_slice(&[0x48, 0x8d, 0x3d]); // lea rdi, [rip + set]
+    relative(&mut code, MASK + 16);
+    code.extend_from_slice(&[0x48, 0x8d, 0x15]); // lea rdx, [rip + no time]
+    relative(&mut code, MASK + 24);
+    code.extend_from_slice(&[
         0x0f, 0x05, // syscall
         0xb8, 14, 0, 0, 0, // mov eax, rt_sigprocmask
         0xbf, 2, 0, 0, 0, // mov edi, SIG_SETMASK
         0xba, 0, 0, 0, 0, // mov edx, NULL
         0x41, 0xba, 8, 0, 0, 0, // mov r10d, sizeof(mask)
-    ];
+    ]);
     code.extend_from_slice(&[0x48, 0x8d, 0x35]); // lea rsi, [rip + mask]
     relative(&mut code, MASK);
     code.extend_from_slice(&[0x0f, 0x05]); // syscall
@@ -115,11 +127,17 @@ pub(super) fn trampoline(regs: &user_regs_struct, mask: u64) -> Vec<u8> {
     code.resize(MASK, 0xcc);
     code.extend_from_slice(&mask.to_le_bytes());
     code.extend_from_slice(&regs.rip.to_le_bytes());
+    code.extend_from_slice(&SIGTRAP.to_le_bytes());
+    code.extend_from_slice(&[0; 16]); // no time
     code
 }
 
-/// Where the trampoline keeps the mask; the address to jump to follows.
-const MASK: usize = TRAMPOLINE - 16;
+/// Where the trampoline keeps the mask; the address to jump to follows, the set
+/// that holds SIGTRAP, and a timeout of zero.
+const MASK: usize = TRAMPOLINE - 40;
+
+/// A set with nothing but SIGTRAP in it.
+pub(super) const SIGTRAP: u64 = 1 << (libc::SIGTRAP - 1);
 
 /// Appends the distance from the end of the four bytes to offset `to`.
 fn relative(code: &mut Vec<u8>, to: usize) {

@@ -89,7 +89,14 @@ global_asm!(
     "xor edx, edx",
     "mov r10d, 8",
     "syscall",
-    "6:",
+    // rt_sigtimedwait({SIGTRAP}, NULL, {0}, 8): what the kernel sends when the
+    // engine dies at a stop around the call above.
+    "6: mov eax, 128",
+    "lea rdi, [r12 + 64]",
+    "xor esi, esi",
+    "lea rdx, [r12 + 72]",
+    "mov r10d, 8",
+    "syscall",
     "dunlin_stub_healed:",
     "mov rsp, [r12 + 16]",
     "mov eax, 15",

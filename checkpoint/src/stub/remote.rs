@@ -33,6 +33,10 @@ const SLOT_LEN: u64 = SLOT as u64;
 const SAVED_MARK_AT: u64 = 12;
 /// Where the header holds it.
 const SAVED_ACTION_AT: u64 = 32;
+/// Where the header holds the set of SIGTRAP; a timeout of zero follows.
+const TRAP_AT: u64 = 64;
+/// Bytes of the header up to that timeout.
+const HEADER_LEN: usize = 72;
 /// Where batches lie in the area.
 const BATCH_AT: u64 = 2 * SLOT_LEN;
 /// Bytes of unused executable memory it takes.
@@ -107,15 +111,20 @@ fn errno_error(ret: i64) -> io::Error {
 impl Remote {
     /// Brings the stub into a stopped process of the source.
     ///
-    /// `vmas` is its whole memory map, `status` what its threads catch and block.
+    /// `vmas` is its whole memory map, `signals` what its threads do with them.
+    /// What engines left that died here goes from both the process and `vmas`.
     pub(crate) fn install(
         task: &mut Tracee,
+        others: &[Tracee],
         ids: (i32, i32),
-        vmas: &[Vma],
+        vmas: &mut Vec<Vma>,
         signals: &SignalUse,
     ) -> io::Result<Self> {
+        let tasks = std::iter::once(&*task).chain(others);
+        let used: Vec<u64> = tasks.map(|task| task.regs.rip).collect();
         task.leave_rseq()?;
         let slack = find_slack(task.tid, vmas)?;
+        remove_leftovers(task, slack, vmas, &used)?;
         let data = find_hole(vmas, DATA_LEN)
             .ok_or_else(|| io::Error::other("no room for the stub in the address space"))?;
         let code_at = slack + frame::TRAMPOLINE as u64;
@@ -216,7 +225,8 @@ impl Remote {
         header.extend_from_slice(&self.signal.number.to_le_bytes());
         header.extend_from_slice(&1_u32.to_le_bytes());
         header.extend_from_slice(&(self.slot + FRAME_AT + 8).to_le_bytes());
-        memory::write_exact(task.tid, &header, self.slot)
+        memory::write_exact(task.tid, &header, self.slot)?;
+        memory::write_exact(task.tid, &frame::SIGTRAP.to_le_bytes(), self.slot + TRAP_AT)
     }
 
     fn batch_regs(&self, task: &Tracee) -> user_regs_struct {
@@ -315,14 +325,14 @@ impl Remote {
         self.execute(task).map(drop)
     }
 
-    /// Steps the stub through the call that puts the borrowed signal back.
+    /// Has the stub make the call that puts the borrowed signal back.
     fn give_signal_back(&self, task: &Tracee) -> io::Result<()> {
-        let mut regs = self.batch_regs(task);
-        regs.rip = self.place.code + told_offset();
-        ptrace::set_registers(task.tid, &regs)?;
-        let end = self.place.code + healed_offset();
-        while ptrace::registers(task.tid)?.rip != end {
-            single_step(task.tid)?;
+        let mut mark = [0; 4];
+        memory::read_exact(task.tid, &mut mark, self.slot + SAVED_MARK_AT)?;
+        if mark == [0; 4] {
+            let rip = self.place.code + told_offset();
+            ptrace::set_registers(task.tid, &user_regs_struct { rip, ..self.batch_regs(task) })?;
+            make_syscall(task.tid)?;
         }
         self.write_header(task)
     }
@@ -365,19 +375,32 @@ fn step_syscall(task: &Tracee, slack: u64, nr: i64, args: [u64; 6]) -> io::Resul
     };
     ptrace::set_registers(task.tid, &regs)?;
     ptrace::set_signal_mask(task.tid, u64::MAX)?;
-    while ptrace::registers(task.tid)?.rip == slack {
-        single_step(task.tid)?;
-    }
+    make_syscall(task.tid)?;
     Ok(ptrace::registers(task.tid)?.rax.cast_signed())
 }
 
-/// Steps one instruction; events of job control on the way are passed over.
-fn single_step(tid: Pid) -> io::Result<()> {
+/// Lets the task make the syscall in front of it and stops it behind; events of
+/// job control on the way are passed over.
+///
+/// A task whose tracer dies while it stands at the entry or the exit is sent
+/// SIGTRAP: the code behind has to take that back, and we stay there no longer
+/// than we must. Single steps would be worse, for the trap flag they need
+/// outlives the tracer.
+fn make_syscall(tid: Pid) -> io::Result<()> {
+    let mut signal = 0;
+    let mut stops = 0;
     loop {
-        ptrace::step(tid)?;
+        if stops < 2 {
+            ptrace::to_syscall(tid, signal)?;
+        } else {
+            ptrace::interrupt(tid)?;
+            ptrace::cont_with(tid, signal)?;
+        }
+        signal = 0;
         match ptrace::wait(tid)? {
-            Stop::Signal(libc::SIGTRAP) => return Ok(()),
-            Stop::Signal(libc::SIGSTOP) => ptrace::cont_with(tid, libc::SIGSTOP)?,
+            Stop::Event { .. } if stops == 2 => return Ok(()),
+            Stop::Signal(libc::SIGTRAP) => stops += 1,
+            Stop::Signal(libc::SIGSTOP) => signal = libc::SIGSTOP,
             Stop::Signal(_) | Stop::Event { .. } => {}
             Stop::Gone => return Err(io::Error::from_raw_os_error(libc::ESRCH)),
         }
@@ -435,6 +458,57 @@ impl SignalUse {
 const STOPPERS: [i32; 6] =
     [libc::SIGKILL, libc::SIGSTOP, libc::SIGCONT, libc::SIGTSTP, libc::SIGTTIN, libc::SIGTTOU];
 
+/// Unmaps the data areas of engines that died here. A thread on its way home
+/// through one is either in the code of that engine or already past it.
+fn remove_leftovers(
+    task: &Tracee,
+    slack: u64,
+    vmas: &mut Vec<Vma>,
+    used: &[u64],
+) -> io::Result<()> {
+    let mut failed = Ok(());
+    let on_the_way = used.iter().any(|rip| is_code(task.tid, *rip));
+    vmas.retain(|vma| {
+        if on_the_way || failed.is_err() || !is_leftover(task.tid, vma) {
+            return true;
+        }
+        let args = [vma.start, DATA_LEN, 0, 0, 0, 0];
+        failed = step_syscall(task, slack, libc::SYS_munmap, args).and_then(|ret| match ret {
+            0 => task.go_home(),
+            errno => Err(errno_error(errno)),
+        });
+        failed.is_err()
+    });
+    failed
+}
+
+/// Whether `vma` is a data area of ours, which its first header tells.
+fn is_leftover(pid: Pid, vma: &Vma) -> bool {
+    let mut header = [0; HEADER_LEN];
+    let field =
+        |header: &[u8], at: usize| header[at..at + 8] == (vma.start + FRAME_AT + 8).to_le_bytes();
+    vma.kind == VmaKind::Anonymous
+        && vma.is_writable()
+        && vma.end - vma.start == DATA_LEN
+        && memory::read_exact(pid, &mut header, vma.start).is_ok()
+        && field(&header, 16)
+        && header.ends_with(&frame::SIGTRAP.to_le_bytes())
+}
+
+/// Whether `rip` points into a stub or its trampoline.
+fn is_code(pid: Pid, rip: u64) -> bool {
+    let page = rip & !(PAGE - 1);
+    let mut text = [0; PAGE_LEN];
+    memory::read_exact(pid, &mut text, page).is_ok()
+        && stubs(&text).any(|at| (page + at as u64..page + (at + CODE_LEN) as u64).contains(&rip))
+}
+
+/// Where stubs of ours lie in a page, trampoline first.
+fn stubs(page: &[u8; PAGE_LEN]) -> impl Iterator<Item = usize> {
+    let starts = (0..PAGE_LEN - CODE_LEN).step_by(8);
+    starts.filter(|start| page[start + frame::TRAMPOLINE..].starts_with(code()))
+}
+
 /// Finds unused bytes at the end of an executable page, in the vDSO if it can.
 pub(crate) fn find_slack(pid: Pid, vmas: &[Vma]) -> io::Result<u64> {
     let executable = |v: &&Vma| v.is_executable() && v.is_readable() && !v.is_shared();
@@ -463,11 +537,10 @@ pub(crate) fn find_slack(pid: Pid, vmas: &[Vma]) -> io::Result<u64> {
 /// A task still on its way home from it writes or needs nothing that the next
 /// one changes, except in the trampoline, which only the leader runs.
 fn forget_leftovers(page: &mut [u8; PAGE_LEN], at: u64, rip: u64) {
-    let code = code();
-    for start in (0..PAGE_LEN - CODE_LEN).step_by(64) {
+    for start in stubs(page).collect::<Vec<_>>() {
         let stub = start..start + CODE_LEN;
         let runs_here = stub.contains(&usize::try_from(rip.wrapping_sub(at)).unwrap_or(usize::MAX));
-        if page[start + frame::TRAMPOLINE..].starts_with(code) && !runs_here {
+        if !runs_here {
             page[stub].fill(0);
         }
     }

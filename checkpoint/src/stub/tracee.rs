@@ -51,7 +51,9 @@ impl Tracee {
         };
         let regs = ptrace::registers(tid)?;
         let mask = ptrace::signal_mask(tid)?;
-        Ok(Some(Self { tid, regs, mask, job_stopped }))
+        let mut tracee = Self { tid, regs, mask, job_stopped };
+        tracee.mend_interrupted()?;
+        Ok(Some(tracee))
     }
 
     /// Points the task at where it was found, still stopped.
@@ -109,8 +111,9 @@ impl Tracee {
     }
 
     /// Mends what the stop itself has interrupted: these calls return EINTR
-    /// even though no signal was delivered, so they are made anew.
-    pub(crate) fn mend_interrupted(&mut self) {
+    /// even though no signal was delivered, so they are made anew. In the task
+    /// itself at once: it must not be our death that lets the error out.
+    fn mend_interrupted(&mut self) -> io::Result<()> {
         if self.regs.orig_rax.cast_signed() >= 0
             && self.regs.rax.cast_signed() == -i64::from(libc::EINTR)
             && NEVER_RESTARTED.contains(&self.regs.orig_rax.cast_signed())
@@ -118,7 +121,9 @@ impl Tracee {
             self.regs.rip -= 2;
             self.regs.rax = self.regs.orig_rax;
             self.regs.orig_rax = u64::MAX;
+            ptrace::set_registers(self.tid, &self.regs)?;
         }
+        Ok(())
     }
 }
 

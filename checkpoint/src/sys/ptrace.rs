@@ -79,9 +79,10 @@ pub(crate) fn cont_with(tid: Pid, signal: i32) -> io::Result<()> {
     request(libc::PTRACE_CONT, tid, 0, usize::try_from(signal).unwrap_or(0)).map(drop)
 }
 
-/// Resumes a stopped tracee for one instruction.
-pub(crate) fn step(tid: Pid) -> io::Result<()> {
-    request(libc::PTRACE_SINGLESTEP, tid, 0, 0).map(drop)
+/// Resumes a stopped tracee up to the next entry to, or exit from, a syscall,
+/// and delivers `signal` to it. Both are stops with SIGTRAP.
+pub(crate) fn to_syscall(tid: Pid, signal: i32) -> io::Result<()> {
+    request(libc::PTRACE_SYSCALL, tid, 0, usize::try_from(signal).unwrap_or(0)).map(drop)
 }
 
 /// Detaches a stopped tracee.

@@ -7,8 +7,9 @@ fn main() -> Result<()> {
     let args: Vec<String> = std::env::args().skip(1).collect();
     match args.split_first() {
         Some((verb, [])) if verb == "serve" => worker::serve(),
+        Some((verb, rest)) if verb == "dump" => worker::dump(rest),
         Some((verb, rest)) if verb == "inside" => worker::inside(rest),
         Some((verb, rest)) if verb == "skeleton" => worker::become_skeleton(rest),
-        _ => bail!("usage: worker serve | inside PROGRAM ARGS… | skeleton PIPE"),
+        _ => bail!("usage: worker serve | dump PID | inside PROGRAM ARGS… | skeleton PIPE"),
     }
 }

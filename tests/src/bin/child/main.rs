@@ -12,6 +12,7 @@ mod fork;
 mod memory;
 mod pingpong;
 mod place;
+mod refused;
 mod registers;
 mod signals;
 mod sockets;
@@ -22,8 +23,8 @@ mod timers;
 mod tree;
 mod world;
 
-use anyhow::{Result, bail};
-use dunlin_tests::{Skipped, for_each_scenario};
+use anyhow::{Context, Result, bail};
+use dunlin_tests::{Skipped, for_each_refusal, for_each_scenario};
 
 use counter::{clocks, counter, heap};
 use creds::{
@@ -37,6 +38,10 @@ use memory::{
 };
 use pingpong::futex_pingpong;
 use place::{place_directory, place_names, place_root};
+use refused::{
+    refused_aio, refused_block_device, refused_bpf, refused_fanotify, refused_io_uring,
+    refused_namespace, refused_outside_socket, refused_tcp, refused_traced, refused_userfaultfd,
+};
 use registers::{
     registers_avx, registers_avx512, registers_float, registers_general, registers_segments,
 };
@@ -55,21 +60,41 @@ use tree::{
 };
 use world::Scenario;
 
-macro_rules! set_up {
+macro_rules! movable {
     ($($name:ident)*) => {
-        fn set_up(scenario: &str) -> Result<Scenario> {
+        /// The scenario of that name, if it is one that can move.
+        fn movable(scenario: &str) -> Option<fn() -> Result<Scenario>> {
             match scenario {
-                $(stringify!($name) => $name(),)*
-                _ => match scenario.strip_prefix("memory_of_") {
-                    Some(mib) => memory_of(mib.parse()?),
-                    None => bail!("no scenario {scenario}"),
-                },
+                $(stringify!($name) => Some($name),)*
+                _ => None,
             }
         }
     };
 }
 
-for_each_scenario!(set_up);
+for_each_scenario!(movable);
+
+macro_rules! refused {
+    ($($name:ident: $words:literal)*) => {
+        /// The scenario of that name, if it is one that cannot.
+        fn refused(scenario: &str) -> Option<fn() -> Result<Scenario>> {
+            match scenario {
+                $(stringify!($name) => Some($name),)*
+                _ => None,
+            }
+        }
+    };
+}
+
+for_each_refusal!(refused);
+
+fn set_up(scenario: &str) -> Result<Scenario> {
+    if let Some(mib) = scenario.strip_prefix("memory_of_") {
+        return memory_of(mib.parse()?);
+    }
+    let found = movable(scenario).or_else(|| refused(scenario));
+    found.with_context(|| format!("no scenario {scenario}"))?()
+}
 
 fn main() -> Result<()> {
     let args: Vec<String> = std::env::args().skip(1).collect();
