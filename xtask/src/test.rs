@@ -1,8 +1,9 @@
 //! `cargo xtask test`: every test of the project, with its skips by name.
 //!
-//! A test that cannot run here prints `SKIP name: what it lacks` and returns.
-//! One that is not in the committed list, `tests/skips.txt`, is a failure:
-//! otherwise a machine could lose half of its tests without a word.
+//! A test that cannot run here prints `SKIP name: what it lacks`, or `skipped:
+//! what it lacks`, and returns. One that is not in the committed list,
+//! `tests/skips.txt`, is a failure: otherwise a machine could lose half of its
+//! tests without a word.
 
 use std::{
     collections::BTreeMap,
@@ -36,7 +37,8 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     let mut unexpected = Vec::new();
     for (name, reason) in &skips {
         println!("skipped {name}: {reason}");
-        if !known.contains(name) {
+        let short = name.rsplit("::").next().unwrap_or(name);
+        if !known.iter().any(|known| known == short) {
             unexpected.push(name.as_str());
         }
     }
@@ -61,9 +63,14 @@ fn run_tests(args: &Args, skips: &mut BTreeMap<String, String>) -> Result<ExitSt
         .spawn()
         .context("cannot run `cargo test`")?;
     let Some(stdout) = child.stdout.take() else { bail!("`cargo test` has no output") };
+    let mut section = String::new();
     for line in BufReader::new(stdout).lines() {
         let line = line?;
-        if let Some((name, reason)) = parse_skip(&line) {
+        if let Some(name) = line.strip_prefix("---- ").and_then(|l| l.strip_suffix(" stdout ----"))
+        {
+            name.clone_into(&mut section);
+        }
+        if let Some((name, reason)) = parse_skip(&line, &section) {
             skips.insert(name.to_owned(), reason.to_owned());
         }
         println!("{line}");
@@ -71,8 +78,12 @@ fn run_tests(args: &Args, skips: &mut BTreeMap<String, String>) -> Result<ExitSt
     Ok(child.wait()?)
 }
 
-/// Takes `SKIP name: reason` or libtest's `test name ... ignored, reason` apart.
-fn parse_skip(line: &str) -> Option<(&str, &str)> {
+/// Takes `SKIP name: reason`, `skipped: reason` in the output of test `section`,
+/// or libtest's `test name ... ignored, reason` apart.
+fn parse_skip<'a>(line: &'a str, section: &'a str) -> Option<(&'a str, &'a str)> {
+    if let Some(reason) = line.strip_prefix("skipped: ") {
+        return Some((section, reason));
+    }
     if let Some(skip) = line.strip_prefix("SKIP ") {
         return Some(skip.split_once(": ").unwrap_or((skip, "no reason given")));
     }
@@ -98,11 +109,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn both_kinds_of_skip_are_seen() {
-        assert_eq!(parse_skip("SKIP amx: needs AMX"), Some(("amx", "needs AMX")));
-        assert_eq!(parse_skip("test a::b ... ignored, slow"), Some(("a::b", "slow")));
-        assert_eq!(parse_skip("test a::b ... ignored"), Some(("a::b", "no reason given")));
-        assert_eq!(parse_skip("test a::b ... ok"), None);
-        assert_eq!(parse_skip("running 3 tests"), None);
+    fn every_kind_of_skip_is_seen() {
+        let parse = |line| parse_skip(line, "c::d");
+        assert_eq!(parse("SKIP amx: needs AMX"), Some(("amx", "needs AMX")));
+        assert_eq!(parse("skipped: needs root"), Some(("c::d", "needs root")));
+        assert_eq!(parse("test a::b ... ignored, slow"), Some(("a::b", "slow")));
+        assert_eq!(parse("test a::b ... ignored"), Some(("a::b", "no reason given")));
+        assert_eq!(parse("test a::b ... ok"), None);
+        assert_eq!(parse("running 3 tests"), None);
     }
 }
