@@ -341,11 +341,16 @@ async fn depart(shim: &Arc<Shim>, entry: &Arc<Entry>, report: Option<Report>) {
         if !away.init.gone_within(MAX_PAUSE).await {
             tracing::error!(container = %id, pid = away.init.pid, "the original does not end");
         }
-        match runtime::delete(&shim.config, &away.origin, &id).await {
-            Ok(()) => {}
-            Err(problem) => {
+        // A cgroup is busy until the last thread has left it, which may be
+        // after the process was seen to end.
+        let mut pause = std::time::Duration::from_millis(10);
+        while let Err(problem) = runtime::delete(&shim.config, &away.origin, &id).await {
+            if MAX_PAUSE < pause {
                 tracing::error!(container = %id, %problem, "the original's leftovers stay");
+                break;
             }
+            tokio::time::sleep(pause).await;
+            pause *= 2;
         }
         if let Err(problem) = shim.containers.unregister(&id).await {
             tracing::warn!(container = %id, %problem, "the hook's registration stays");
