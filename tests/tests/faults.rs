@@ -117,9 +117,10 @@ fn a_killed_engine_leaves_what_plays() -> Result<()> {
 
 #[test]
 fn a_killed_engine_leaves_interrupted_calls() -> Result<()> {
-    for call in
-        ["call_epoll_wait", "call_futex", "call_sigtimedwait", "call_read_pipe", "call_accept"]
-    {
+    // Not `epoll_wait` and `sigtimedwait`: any stop ends them with EINTR, which
+    // the kernel says they may return for no reason (signal(7)). The engine mends
+    // that, but may be killed between the stop and the mending.
+    for call in ["call_futex", "call_read_pipe", "call_accept"] {
         killed(call, Mood::Idle, 10)?;
     }
     Ok(())
