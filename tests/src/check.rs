@@ -69,7 +69,7 @@ pub fn settled(child: &Child, before: &Facts) -> Result<()> {
         let differences = after.as_ref().map(|after| before.differences(after));
         match differences {
             Ok(none) if none.is_empty() => return Ok(()),
-            _ if start.elapsed() < Duration::from_secs(5) => yield_now(),
+            _ if start.elapsed() < Duration::from_secs(60) => yield_now(),
             Ok(differences) => bail!("/proc differs:\n{}", differences.join("\n")),
             Err(_) => return after.map(drop),
         }

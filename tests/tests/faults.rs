@@ -68,7 +68,7 @@ fn lives_on(child: &Child, before: &Facts) -> Result<()> {
         });
         match harm {
             Ok(harm) if harm.is_empty() => return Ok(()),
-            _ if start.elapsed() < Duration::from_secs(5) => yield_now(),
+            _ if start.elapsed() < Duration::from_secs(60) => yield_now(),
             harm => bail!("/proc differs:\n{}", harm?.join("\n")),
         }
     }
