@@ -27,8 +27,10 @@ pub(crate) fn fork(body: impl FnOnce() -> Result<()>) -> Result<Fork> {
     match sys::fork()? {
         ForkResult::Parent { child } => {
             drop(write);
-            let mut byte = [0];
-            File::from(read).read_exact(&mut byte).context("a child failed to set up")?;
+            // To the end: a pipe still open would be taken for part of its world.
+            let mut said = Vec::new();
+            File::from(read).read_to_end(&mut said)?;
+            ensure!(said == b"r", "a child failed to set up");
             Ok(Fork(child))
         }
         ForkResult::Child => {
