@@ -107,10 +107,18 @@ impl Terminal {
         };
         let terminal = Self { master: File::from(master), before };
         terminal.resize();
-        let mut keys = terminal.master.try_clone().context("cannot share the terminal")?;
+        Ok(terminal)
+    }
+
+    /// Passes on what is typed, in a thread of its own.
+    ///
+    /// To be called when signals are held back: a thread that does not hold
+    /// them would take the SIGCHLD that we wait for.
+    pub(crate) fn type_along(&self) -> Result<()> {
+        let mut keys = self.master.try_clone().context("cannot share the terminal")?;
         // It blocks in a read that nothing ends; it goes when we do.
         thread::spawn(move || io::copy(&mut io::stdin().lock(), &mut keys));
-        Ok(terminal)
+        Ok(())
     }
 
     /// Gives it the size of ours.

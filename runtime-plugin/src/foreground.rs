@@ -32,6 +32,9 @@ impl Signals {
     /// our stdout. Returns its exit code, 128 and the signal's number when one
     /// ended it.
     pub(crate) fn pass_to(self, pid: Pid, terminal: Option<Terminal>) -> Result<u8> {
+        if let Some(terminal) = &terminal {
+            terminal.type_along()?;
+        }
         stand_in(&self.0, pid, terminal)
     }
 }
