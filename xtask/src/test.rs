@@ -9,10 +9,18 @@ use std::{
     collections::BTreeMap,
     fs,
     io::{BufRead, BufReader},
-    process::{ExitStatus, Stdio},
+    os::unix::process::CommandExt,
+    process::{Command, ExitStatus, Stdio},
+    sync::mpsc::{RecvTimeoutError, channel},
+    thread,
+    time::{Duration, Instant},
 };
 
 use anyhow::{Context, Result, bail, ensure};
+use nix::{
+    sys::signal::{Signal, killpg},
+    unistd::Pid,
+};
 
 use crate::{root, setup};
 
@@ -48,24 +56,42 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     Ok(())
 }
 
+/// After so long without the end of a test, one of them hangs for good.
+const PATIENCE: Duration = Duration::from_secs(15 * 60);
+
 /// Runs the tests, shows what they say and notes who skipped and why.
 fn run_tests(args: &Args, skips: &mut BTreeMap<String, String>) -> Result<ExitStatus> {
-    let mut cargo = setup::cargo();
-    cargo.args(["test", "--no-fail-fast"]);
-    match &args.package {
-        Some(package) => cargo.args(["--package", package]),
-        None => cargo.arg("--workspace"),
-    };
-    cargo.args(&args.filter).args(["--", "--show-output"]);
-    let mut child = cargo
+    // Compiled first, so that the silence of a compiler is not taken for a hang.
+    setup::run(cargo_test(args).arg("--no-run"))?;
+    let mut child = cargo_test(args)
+        .args(&args.filter)
+        .args(["--", "--show-output"])
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
+        .process_group(0)
         .spawn()
         .context("cannot run `cargo test`")?;
+    let group = Pid::from_raw(i32::try_from(child.id())?);
     let Some(stdout) = child.stdout.take() else { bail!("`cargo test` has no output") };
+    let (to, lines) = channel();
+    thread::spawn(move || {
+        BufReader::new(stdout).lines().map_while(Result::ok).try_for_each(|line| to.send(line))
+    });
     let mut section = String::new();
-    for line in BufReader::new(stdout).lines() {
-        let line = line?;
+    let mut progress = Instant::now();
+    loop {
+        let line = match lines.recv_timeout(PATIENCE.saturating_sub(progress.elapsed())) {
+            Ok(line) => line,
+            Err(RecvTimeoutError::Disconnected) => break,
+            Err(RecvTimeoutError::Timeout) => {
+                killpg(group, Signal::SIGKILL)?;
+                child.wait()?;
+                bail!("no test has ended for {} minutes; it hangs", PATIENCE.as_secs() / 60);
+            }
+        };
+        if line.starts_with("test ") {
+            progress = Instant::now();
+        }
         if let Some(name) = line.strip_prefix("---- ").and_then(|l| l.strip_suffix(" stdout ----"))
         {
             name.clone_into(&mut section);
@@ -76,6 +102,16 @@ fn run_tests(args: &Args, skips: &mut BTreeMap<String, String>) -> Result<ExitSt
         println!("{line}");
     }
     Ok(child.wait()?)
+}
+
+fn cargo_test(args: &Args) -> Command {
+    let mut cargo = setup::cargo();
+    cargo.args(["test", "--no-fail-fast"]);
+    match &args.package {
+        Some(package) => cargo.args(["--package", package]),
+        None => cargo.arg("--workspace"),
+    };
+    cargo
 }
 
 /// Takes `SKIP name: reason`, `skipped: reason` in the output of test `section`,
