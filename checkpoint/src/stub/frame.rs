@@ -78,21 +78,39 @@ fn fpstate(xstate: &[u8]) -> Vec<u8> {
 }
 
 /// Bytes reserved for a trampoline.
-pub(super) const TRAMPOLINE: usize = 208;
+pub(super) const TRAMPOLINE: usize = 256;
 
-/// Machine code that executes the syscall laid out in the registers, puts
-/// `mask` and then `regs` back and jumps to where they point: one syscall
-/// executed on loan, with no memory but this code. In between it takes back the
-/// SIGTRAP that the kernel sends when a tracer dies at a stop before or behind a
-/// syscall; all signals are blocked so far.
-/// Flags survive because `syscall` restores them from r11.
-pub(super) fn trampoline(regs: &user_regs_struct, mask: u64) -> Vec<u8> {
+/// Machine code that executes the syscall laid out in the registers, keeps what
+/// it returned in rbx and tells of it by sending `told` to its own thread `ids`
+/// (group, thread): a stop for a living tracer, nothing without one. Then it puts
+/// `mask` and `regs` back and jumps to where they point: one syscall executed on
+/// loan, with no memory but this code. In between it takes back the SIGTRAP that
+/// the kernel sends when a tracer dies at a stop before or behind a syscall; all
+/// signals are blocked so far.
+/// Flags survive because `syscall` restores them from r11 and nothing in between
+/// computes: an `xor` to make a zero would be seen by a program that was about
+/// to branch.
+pub(super) fn trampoline(
+    regs: &user_regs_struct,
+    mask: u64,
+    ids: (i32, i32),
+    told: i32,
+) -> Vec<u8> {
     let mut code = vec![
         0x0f, 0x05, // syscall
-        0xb8, 128, 0, 0, 0, // mov eax, rt_sigtimedwait
-        0x31, 0xf6, // xor esi, esi
-        0x41, 0xba, 8, 0, 0, 0, // mov r10d, sizeof(set)
+        0x48, 0x89, 0xc3, // mov rbx, rax
+        0xb8, 234, 0, 0, 0, // mov eax, tgkill
     ];
+    for (mov_imm32, value) in [(0xbf, ids.0), (0xbe, ids.1), (0xba, told)] {
+        code.push(mov_imm32); // mov edi, esi, edx
+        code.extend_from_slice(&value.to_le_bytes());
+    }
+    code.extend_from_slice(&[
+        0x0f, 0x05, // syscall
+        0xb8, 128, 0, 0, 0, // mov eax, rt_sigtimedwait
+        0xbe, 0, 0, 0, 0, // mov esi, NULL
+        0x41, 0xba, 8, 0, 0, 0, // mov r10d, sizeof(set)
+    ]);
     code.extend_from_slice(&[0x48, 0x8d, 0x3d]); // lea rdi, [rip + set]
     relative(&mut code, MASK + 16);
     code.extend_from_slice(&[0x48, 0x8d, 0x15]); // lea rdx, [rip + no time]
@@ -109,6 +127,7 @@ pub(super) fn trampoline(regs: &user_regs_struct, mask: u64) -> Vec<u8> {
     code.extend_from_slice(&[0x0f, 0x05]); // syscall
     let moves = [
         ([0x48, 0xb8], regs.rax),
+        ([0x48, 0xbb], regs.rbx),
         ([0x48, 0xbf], regs.rdi),
         ([0x48, 0xbe], regs.rsi),
         ([0x48, 0xba], regs.rdx),
@@ -124,6 +143,7 @@ pub(super) fn trampoline(regs: &user_regs_struct, mask: u64) -> Vec<u8> {
     }
     code.extend_from_slice(&[0xff, 0x25]); // jmp [rip + target]
     relative(&mut code, MASK + 8);
+    debug_assert!(code.len() <= MASK, "the trampoline has grown out of its room");
     code.resize(MASK, 0xcc);
     code.extend_from_slice(&mask.to_le_bytes());
     code.extend_from_slice(&regs.rip.to_le_bytes());

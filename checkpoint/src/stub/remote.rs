@@ -40,7 +40,7 @@ const HEADER_LEN: usize = 72;
 /// Where batches lie in the area.
 const BATCH_AT: u64 = 2 * SLOT_LEN;
 /// Bytes of unused executable memory it takes.
-const CODE_LEN: usize = frame::TRAMPOLINE + 320;
+const CODE_LEN: usize = frame::TRAMPOLINE + 256;
 
 /// Places of the stub in a target.
 #[derive(Debug, Clone, Copy)]
@@ -124,11 +124,11 @@ impl Remote {
         let used: Vec<u64> = tasks.map(|task| task.regs.rip).collect();
         task.leave_rseq()?;
         let slack = find_slack(task.tid, vmas)?;
-        remove_leftovers(task, slack, vmas, &used)?;
+        let lender = Lender { slack, ids, signal: signals.choose() };
+        lender.remove_leftovers(task, vmas, &used)?;
         let data = find_hole(vmas, DATA_LEN)
             .ok_or_else(|| io::Error::other("no room for the stub in the address space"))?;
         let code_at = slack + frame::TRAMPOLINE as u64;
-        ptrace::poke(task.tid, code_at, code())?;
         let args = [
             data,
             DATA_LEN,
@@ -139,7 +139,7 @@ impl Remote {
             u64::MAX,
             0,
         ];
-        let mapped = step_syscall(task, slack, libc::SYS_mmap, args)?;
+        let mapped = lender.syscall(task, libc::SYS_mmap, args)?;
         let place = Place { code: code_at, data };
         if mapped != data.cast_signed() {
             // The trampoline takes the task home.
@@ -149,7 +149,7 @@ impl Remote {
                 io::Error::other("the stub was mapped elsewhere")
             });
         }
-        let remote = Self { place, slot: data, ids, signal: signals.choose() };
+        let remote = Self { place, slot: data, ids, signal: lender.signal };
         remote.enter(task)?;
         Ok(remote)
     }
@@ -276,35 +276,8 @@ impl Remote {
 
     /// Runs from the start of the batch to the stop it tells its end with.
     fn execute(&self, task: &Tracee) -> io::Result<Vec<Pid>> {
-        let tid = task.tid;
-        let mut born = Vec::new();
-        ptrace::set_registers(tid, &self.batch_regs(task))?;
-        ptrace::set_signal_mask(tid, !bit(self.signal.number))?;
-        ptrace::cont(tid)?;
-        loop {
-            match ptrace::wait(tid)? {
-                Stop::Signal(number) if number == self.signal.number => {
-                    if ptrace::stop_code(tid)? == libc::SI_TKILL {
-                        return Ok(born);
-                    }
-                    // Somebody else's, and the target ignores it: as delivered.
-                    ptrace::cont(tid)?;
-                }
-                // Only SIGSTOP passes the mask; deliver it, the group-stop it
-                // makes is one of the events below.
-                Stop::Signal(libc::SIGSTOP) => ptrace::cont_with(tid, libc::SIGSTOP)?,
-                Stop::Signal(number) => {
-                    return Err(io::Error::other(format!("the stub was hit by signal {number}")));
-                }
-                Stop::Event { event, .. } => {
-                    if BIRTHS.contains(&event) {
-                        born.push(ptrace::event_pid(tid)?);
-                    }
-                    ptrace::cont(tid)?;
-                }
-                Stop::Gone => return Err(io::Error::from_raw_os_error(libc::ESRCH)),
-            }
-        }
+        ptrace::set_registers(task.tid, &self.batch_regs(task))?;
+        self.signal.hear(task.tid)
     }
 
     /// Ignores the signal for one batch. The call saves the old action in the
@@ -341,8 +314,9 @@ impl Remote {
     /// the task where [`Tracee::release`] makes it go on as if nothing had been.
     pub(crate) fn remove(self, task: &Tracee) -> io::Result<()> {
         let slack = self.place.code - frame::TRAMPOLINE as u64;
+        let lender = Lender { slack, ids: self.ids, signal: self.signal };
         let args = [self.place.data, DATA_LEN, 0, 0, 0, 0];
-        match step_syscall(task, slack, libc::SYS_munmap, args)? {
+        match lender.syscall(task, libc::SYS_munmap, args)? {
             0 => {}
             errno => return Err(errno_error(errno)),
         }
@@ -356,27 +330,98 @@ impl Remote {
 const BIRTHS: [i32; 3] =
     [libc::PTRACE_EVENT_FORK, libc::PTRACE_EVENT_VFORK, libc::PTRACE_EVENT_CLONE];
 
-/// Executes one syscall by the trampoline at `slack`, which is written first.
-fn step_syscall(task: &Tracee, slack: u64, nr: i64, args: [u64; 6]) -> io::Result<i64> {
-    let home = task.portable_regs();
-    ptrace::poke(task.tid, slack, &frame::trampoline(&home, task.mask))?;
-    let [rdi, rsi, rdx, r10, r8, r9] = args;
-    let regs = user_regs_struct {
-        rip: slack,
-        rax: nr.cast_unsigned(),
-        rdi,
-        rsi,
-        rdx,
-        r10,
-        r8,
-        r9,
-        orig_rax: u64::MAX,
-        ..home
-    };
-    ptrace::set_registers(task.tid, &regs)?;
-    ptrace::set_signal_mask(task.tid, u64::MAX)?;
-    make_syscall(task.tid)?;
-    Ok(ptrace::registers(task.tid)?.rax.cast_signed())
+impl Told {
+    /// Lets the task run until it says by the signal that it is done. Returns the
+    /// tasks born meanwhile.
+    fn hear(self, tid: Pid) -> io::Result<Vec<Pid>> {
+        let mut born = Vec::new();
+        ptrace::set_signal_mask(tid, !bit(self.number))?;
+        ptrace::cont(tid)?;
+        loop {
+            match ptrace::wait(tid)? {
+                Stop::Signal(number) if number == self.number => {
+                    if ptrace::stop_code(tid)? == libc::SI_TKILL {
+                        return Ok(born);
+                    }
+                    // Somebody else's, and the target ignores it: as delivered.
+                    ptrace::cont(tid)?;
+                }
+                // Only SIGSTOP passes the mask; deliver it, the group-stop it
+                // makes is one of the events below.
+                Stop::Signal(libc::SIGSTOP) => ptrace::cont_with(tid, libc::SIGSTOP)?,
+                Stop::Signal(number) => {
+                    return Err(io::Error::other(format!("the stub was hit by signal {number}")));
+                }
+                Stop::Event { event, .. } => {
+                    if BIRTHS.contains(&event) {
+                        born.push(ptrace::event_pid(tid)?);
+                    }
+                    ptrace::cont(tid)?;
+                }
+                Stop::Gone => return Err(io::Error::from_raw_os_error(libc::ESRCH)),
+            }
+        }
+    }
+}
+
+/// Has a task of the source execute single syscalls by the trampoline.
+struct Lender {
+    /// Where the trampoline goes, and the loop behind it.
+    slack: u64,
+    ids: (i32, i32),
+    signal: Told,
+}
+
+impl Lender {
+    /// Executes one syscall.
+    fn syscall(&self, task: &Tracee, nr: i64, args: [u64; 6]) -> io::Result<i64> {
+        let home = task.portable_regs();
+        // To borrow a signal takes a call like this one: it tells by none.
+        let told = if self.signal.borrowed { 0 } else { self.signal.number };
+        let mut text = frame::trampoline(&home, task.mask, self.ids, told);
+        text.extend_from_slice(code());
+        ptrace::poke(task.tid, self.slack, &text)?;
+        let [rdi, rsi, rdx, r10, r8, r9] = args;
+        let regs = user_regs_struct {
+            rip: self.slack,
+            rax: nr.cast_unsigned(),
+            rdi,
+            rsi,
+            rdx,
+            r10,
+            r8,
+            r9,
+            orig_rax: u64::MAX,
+            ..home
+        };
+        ptrace::set_registers(task.tid, &regs)?;
+        if self.signal.borrowed {
+            ptrace::set_signal_mask(task.tid, u64::MAX)?;
+            make_syscall(task.tid)?;
+            return Ok(ptrace::registers(task.tid)?.rax.cast_signed());
+        }
+        self.signal.hear(task.tid)?;
+        Ok(ptrace::registers(task.tid)?.rbx.cast_signed())
+    }
+
+    /// Unmaps the data areas of engines that died here. A thread on its way home
+    /// through one is either in the code of that engine or already past it.
+    fn remove_leftovers(&self, task: &Tracee, vmas: &mut Vec<Vma>, used: &[u64]) -> io::Result<()> {
+        let mut failed = Ok(());
+        let on_the_way = used.iter().any(|rip| is_code(task.tid, *rip));
+        vmas.retain(|vma| {
+            if on_the_way || failed.is_err() || !is_leftover(task.tid, vma) {
+                return true;
+            }
+            let args = [vma.start, DATA_LEN, 0, 0, 0, 0];
+            failed = self.syscall(task, libc::SYS_munmap, args).and_then(|ret| match ret {
+                0 => task.go_home(),
+                errno => Err(errno_error(errno)),
+            });
+            failed.is_err()
+        });
+        failed
+    }
 }
 
 /// Lets the task make the syscall in front of it and stops it behind; events of
@@ -457,30 +502,6 @@ impl SignalUse {
 /// Signals that do more than their action says: kill, and job control.
 const STOPPERS: [i32; 6] =
     [libc::SIGKILL, libc::SIGSTOP, libc::SIGCONT, libc::SIGTSTP, libc::SIGTTIN, libc::SIGTTOU];
-
-/// Unmaps the data areas of engines that died here. A thread on its way home
-/// through one is either in the code of that engine or already past it.
-fn remove_leftovers(
-    task: &Tracee,
-    slack: u64,
-    vmas: &mut Vec<Vma>,
-    used: &[u64],
-) -> io::Result<()> {
-    let mut failed = Ok(());
-    let on_the_way = used.iter().any(|rip| is_code(task.tid, *rip));
-    vmas.retain(|vma| {
-        if on_the_way || failed.is_err() || !is_leftover(task.tid, vma) {
-            return true;
-        }
-        let args = [vma.start, DATA_LEN, 0, 0, 0, 0];
-        failed = step_syscall(task, slack, libc::SYS_munmap, args).and_then(|ret| match ret {
-            0 => task.go_home(),
-            errno => Err(errno_error(errno)),
-        });
-        failed.is_err()
-    });
-    failed
-}
 
 /// Whether `vma` is a data area of ours, which its first header tells.
 fn is_leftover(pid: Pid, vma: &Vma) -> bool {

@@ -5,6 +5,8 @@ use std::io;
 use libc::{c_long, c_uint, c_void, user_regs_struct};
 use nix::unistd::Pid;
 
+use super::memory::ForcedMemory;
+
 const PTRACE_GETSIGMASK: c_uint = 0x420a;
 const PTRACE_SETSIGMASK: c_uint = 0x420b;
 const PTRACE_SECCOMP_GET_FILTER: c_uint = 0x420c;
@@ -146,7 +148,7 @@ pub(crate) fn reap(mut tids: Vec<Pid>) {
 }
 
 /// Collects `tid` if it has ended; a stop it reports on the way is passed over.
-fn has_ended(tid: Pid) -> bool {
+pub(crate) fn has_ended(tid: Pid) -> bool {
     loop {
         let mut status = 0;
         let options = libc::__WALL | libc::WNOHANG;
@@ -288,14 +290,21 @@ pub(crate) fn seccomp_filter(tid: Pid, index: usize) -> io::Result<Option<(Vec<u
     Ok(Some((program, meta[1])))
 }
 
-/// Writes `bytes` at `addr` whatever the page's protection (`PTRACE_POKEDATA`);
-/// a private page is copied first. Whole words: `bytes` is padded with zeros.
+/// Writes `bytes` at `addr` whatever the page's protection; a private page is
+/// copied first. Whole words: `bytes` is padded with zeros.
 pub(crate) fn poke(tid: Pid, addr: u64, bytes: &[u8]) -> io::Result<()> {
+    let mut bytes = bytes.to_vec();
+    bytes.resize(bytes.len().next_multiple_of(8), 0);
+    // One call in place of one a word (`PTRACE_POKEDATA`), unless the kernel was
+    // told not to (`proc_mem.force_override=never`, Linux 6.12).
+    if ForcedMemory::open(tid).and_then(|memory| memory.write(&bytes, addr)).is_ok() {
+        return Ok(());
+    }
     for (i, chunk) in bytes.chunks(8).enumerate() {
-        let mut word = [0; 8];
-        word[..chunk.len()].copy_from_slice(chunk);
-        let addr = usize::try_from(addr).expect("x86-64") + i * 8;
-        request(libc::PTRACE_POKEDATA, tid, addr, usize::from_le_bytes(word))?;
+        let word = u64::from_le_bytes(chunk.try_into().expect("whole words"));
+        let (addr, word) = (usize::try_from(addr), usize::try_from(word));
+        let (addr, word) = (addr.expect("x86-64") + i * 8, word.expect("x86-64"));
+        request(libc::PTRACE_POKEDATA, tid, addr, word)?;
     }
     Ok(())
 }
