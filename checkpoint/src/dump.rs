@@ -18,6 +18,7 @@ use crate::{
     precopy::{Baseline, Pass, reachable},
     proc::{self, Stat, Status},
     resource::{
+        creds::IdMaps,
         files::{self, Connections, TableRef},
         fs, limits, mm,
         shared::Objects,
@@ -94,13 +95,18 @@ impl Frozen {
         let mut report = DumpReport { freeze_us: self.freeze_us, ..DumpReport::default() };
         report.processes = self.tree.processes.len() as u64;
         report.threads = self.tree.processes.iter().map(|p| p.threads.len() as u64).sum();
-        let mut ids = BTreeMap::new();
+        let root = self.tree.processes[0].pid;
+        let mut names = Names {
+            ids: BTreeMap::new(),
+            maps: IdMaps::of(root).map_err(failed("read the user namespace", root))?,
+        };
+        let mut stats = Vec::with_capacity(self.tree.processes.len());
         for process in &mut self.tree.processes {
             let pid = process.pid;
-            ids.insert(pid.as_raw(), process.status.tgid());
-            for thread in &process.threads {
-                let status = Status::of(thread.tid).map_err(|_| DumpError::Vanished(pid))?;
-                ids.insert(thread.tid.as_raw(), status.tid());
+            stats.push(Stat::of(pid).map_err(|_| DumpError::Vanished(pid))?);
+            names.ids.insert(pid.as_raw(), process.status.tgid());
+            for (thread, status) in process.threads.iter().zip(&process.statuses) {
+                names.ids.insert(thread.tid.as_raw(), status.tid());
             }
             if !process.is_zombie() {
                 let known = self.baseline.known_vmas(process.status.tgid());
@@ -109,10 +115,13 @@ impl Frozen {
             }
         }
         let mut images = Vec::new();
-        for process in self.tree.processes.iter_mut().filter(|p| !p.is_zombie()) {
-            images.push(dump_process(process, &ids)?);
+        for (process, stat) in self.tree.processes.iter_mut().zip(&stats) {
+            if !process.is_zombie() {
+                images.push(dump_process(process, stat, &names)?);
+            }
         }
-        let head = self.head(&images)?;
+        let head = self.head(&images, &stats, &names)?;
+        self.baseline.forget_former(&head.nodes);
         let mut objects = Objects::default();
         let (files, connections) = self.files(&mut objects)?;
         self.connections = connections;
@@ -146,12 +155,17 @@ impl Frozen {
         Ok(report)
     }
 
-    fn head(&self, images: &[image::Process]) -> Result<Head, DumpError> {
+    fn head(
+        &self,
+        images: &[image::Process],
+        stats: &[Stat],
+        names: &Names,
+    ) -> Result<Head, DumpError> {
         let root = self.tree.processes[0].pid;
         let mut nodes = Vec::with_capacity(self.tree.processes.len());
-        for process in &self.tree.processes {
-            let stat = Stat::of(process.pid).map_err(|_| DumpError::Vanished(process.pid))?;
-            let mut node = node(process.pid == root, &process.status, &stat);
+        for (process, stat) in self.tree.processes.iter().zip(stats) {
+            let parent = names.ids.get(&stat.ppid).filter(|_| process.pid != root);
+            let mut node = node(parent.copied().unwrap_or(0), &process.status, stat);
             let image = images.iter().find(|i| i.pid == node.pid);
             let stopped = process.threads.first().is_some_and(|t| t.job_stopped);
             // Whether the parent has waited for the stop.
@@ -175,6 +189,13 @@ impl Frozen {
         let init = self.tree.processes[0].pid;
         let ctx = files::Context { options: &self.options, init, tasks: &tasks };
         files::dump(&tables, &ctx, objects)
+    }
+
+    /// Takes what is ours out of the tree, which stays stopped: nothing more is
+    /// asked of it. To be called while others are waited for, so that
+    /// [`Frozen::park`] has less to do.
+    pub fn withdraw(&mut self) -> Result<(), DumpError> {
+        self.tree.withdraw()
     }
 
     /// Lets the tree run on and says when that failed.
@@ -221,19 +242,23 @@ fn queues(process: &Process, image: &mut image::Process) -> io::Result<()> {
     Ok(())
 }
 
+/// What tasks and users are called inside the tree.
+struct Names {
+    /// Pids and tids there by what they are to us.
+    ids: BTreeMap<i32, i32>,
+    maps: IdMaps,
+}
+
 /// Dumps one process, its threads one after the other.
 fn dump_process(
     process: &mut Process,
-    ids: &BTreeMap<i32, i32>,
+    stat: &Stat,
+    names: &Names,
 ) -> Result<image::Process, DumpError> {
     let pid = process.pid;
-    let stat = Stat::of(pid).map_err(|_| DumpError::Vanished(pid))?;
     let tgid = process.status.tgid();
-    let mut statuses = Vec::with_capacity(process.threads.len());
-    for thread in &process.threads {
-        statuses.push(Status::of(thread.tid).map_err(|_| DumpError::Vanished(pid))?);
-    }
-    let signals = SignalUse::of(&statuses);
+    let statuses = &process.statuses;
+    let signals = SignalUse::of(statuses);
     let (leader, others) = process.threads.split_first_mut().ok_or(DumpError::Vanished(pid))?;
     judge_thread(leader).map_err(failed("move a thread", pid))?;
     let xstate = ptrace::xstate(pid).map_err(failed("read the registers", pid))?;
@@ -244,22 +269,22 @@ fn dump_process(
     let mut batch = Batch::new();
     let actions = signals::ask(&mut batch);
     let asked_mm = mm::ask(&mut batch);
-    let asked_timers = timers::ask(pid, |tid| ids.get(&tid).copied(), &mut batch)
+    let asked_timers = timers::ask(pid, |tid| names.ids.get(&tid).copied(), &mut batch)
         .map_err(failed("read the timers", pid))?;
     let asked_limits = limits::ask(&mut batch);
     let asked_leader = threads::ask(&mut batch);
     let results = remote.run(leader, &batch).map_err(failed("ask for its state", pid))?;
     let mut images = Vec::with_capacity(statuses.len());
-    let image = threads::answer(&asked_leader, &results, leader, &statuses[0], xstate);
+    let image = threads::answer(&asked_leader, &results, leader, &statuses[0], &names.maps, xstate);
     images.push(image.map_err(failed("read a thread", pid))?);
     let timers = timers::answer(asked_timers, &results);
     for (thread, status) in others.iter_mut().zip(&statuses[1..]) {
-        images.push(dump_thread(remote, thread, status).map_err(failed("read a thread", pid))?);
+        let image = dump_thread(remote, thread, status, &names.maps);
+        images.push(image.map_err(failed("read a thread", pid))?);
     }
     Ok(image::Process {
         pid: tgid,
-        mm: mm::answer(&asked_mm, &results, pid, &stat)
-            .map_err(failed("read the exe link", pid))?,
+        mm: mm::answer(&asked_mm, &results, pid, stat).map_err(failed("read the exe link", pid))?,
         fs: fs::dump(pid, process.status.umask).map_err(failed("read the directories", pid))?,
         actions: signals::answer(&actions, &results),
         queue: Queue::default(),
@@ -275,6 +300,7 @@ fn dump_thread(
     remote: &Remote,
     thread: &mut Tracee,
     status: &Status,
+    maps: &IdMaps,
 ) -> io::Result<threads::Image> {
     judge_thread(thread)?;
     let xstate = ptrace::xstate(thread.tid)?;
@@ -283,7 +309,7 @@ fn dump_thread(
     let asked = threads::ask(&mut batch);
     let results = lent.run(thread, &batch);
     thread.go_home()?;
-    threads::answer(&asked, &results?, thread, status, xstate)
+    threads::answer(&asked, &results?, thread, status, maps, xstate)
 }
 
 /// Refuses what only a tracer can see.

@@ -1,6 +1,10 @@
 //! Stopping a whole tree, and letting it go.
 
-use std::{collections::BTreeMap, fs, io, time::Duration};
+use std::{
+    collections::BTreeMap,
+    fs, io,
+    time::{Duration, Instant},
+};
 
 use nix::unistd::Pid;
 
@@ -18,6 +22,8 @@ pub(crate) struct Process {
     pub(crate) status: Status,
     /// Its threads, leader first; none for a zombie.
     pub(crate) threads: Vec<Tracee>,
+    /// What the kernel says of each of them.
+    pub(crate) statuses: Vec<Status>,
     pub(crate) remote: Option<Remote>,
     pub(crate) vmas: Vec<Vma>,
 }
@@ -35,6 +41,10 @@ pub(crate) struct FrozenTree {
 
 /// How often a tree that is in the middle of a `vfork` is let go to finish it.
 const VFORK_PATIENCE: u32 = 200;
+
+/// How long threads that are let go are waited for: one in a `vfork` whose child
+/// does not call exec never stops.
+const PATIENCE: Duration = Duration::from_secs(5);
 
 /// Stops every thread of the tree below `root`.
 pub(crate) fn freeze(root: Pid) -> Result<FrozenTree, DumpError> {
@@ -69,15 +79,65 @@ struct Seized {
 
 impl Drop for Seized {
     fn drop(&mut self) {
-        for (tid, tracee) in self.threads.values_mut().flatten() {
-            let released = match tracee {
-                Some(tracee) => tracee.release(),
-                // Asked to stop but not waited for: detaching needs the stop.
-                None => Tracee::settle(*tid).and_then(|t| t.map_or(Ok(()), |t| t.release())),
-            };
-            if let Err(err) = released {
-                tracing::debug!(%tid, %err, "thread gone before it was released");
+        let mut leaving = Leaving::default();
+        // Children first: a parent in vfork stops only when its child has gone on.
+        for pid in self.order.iter().rev() {
+            for (tid, tracee) in self.threads.remove(pid).into_iter().flatten() {
+                match tracee {
+                    Some(tracee) => leaving.release(&tracee),
+                    // Asked to stop but not waited for: detaching needs the stop.
+                    None => leaving.unsettled.push(tid),
+                }
             }
+        }
+        leaving.finish();
+    }
+}
+
+/// Threads on their way out of our hands.
+#[derive(Default)]
+struct Leaving {
+    unsettled: Vec<Pid>,
+    /// Killed meanwhile: their parents learn of it when we have seen it.
+    dead: Vec<Pid>,
+}
+
+impl Leaving {
+    fn release(&mut self, tracee: &Tracee) {
+        if let Err(err) = tracee.release() {
+            tracing::debug!(tid = %tracee.tid, %err, "thread killed before it was released");
+            self.dead.push(tracee.tid);
+        }
+    }
+
+    /// Waits for all of them together: each may be waiting for another. What is
+    /// not seen in time is let go by our own end.
+    fn finish(mut self) {
+        let started = Instant::now();
+        loop {
+            let mut waiting = std::mem::take(&mut self.unsettled);
+            waiting.retain(|&tid| match ptrace::has_status(tid) {
+                Ok(false) => true,
+                Ok(true) => {
+                    match Tracee::settle(tid) {
+                        Ok(Some(tracee)) => self.release(&tracee),
+                        Ok(None) => {}
+                        Err(_) => self.dead.push(tid),
+                    }
+                    false
+                }
+                Err(_) => false,
+            });
+            self.dead.retain(|&tid| !ptrace::has_ended(tid));
+            if waiting.is_empty() && self.dead.is_empty() {
+                return;
+            }
+            if PATIENCE < started.elapsed() {
+                tracing::warn!(?waiting, dead = ?self.dead, "threads could not be let go yet");
+                return;
+            }
+            self.unsettled = waiting;
+            std::thread::yield_now();
         }
     }
 }
@@ -107,10 +167,9 @@ fn try_freeze(root: Pid) -> Result<Attempt, DumpError> {
         for (pid, tid) in new {
             let stopped = match wait_unless_vfork(tid) {
                 Ok(Some(stopped)) => stopped,
-                Ok(None) => {
-                    release_vfork(&mut seized);
-                    return Ok(Attempt::InVfork);
-                }
+                Ok(None) => return Ok(Attempt::InVfork),
+                // Killed by another that does not stand still yet.
+                Err(err) if is_gone(&err) => return Err(DumpError::Vanished(pid)),
                 Err(source) => {
                     return Err(DumpError::Process { what: "stop a thread", pid: tid, source });
                 }
@@ -158,17 +217,8 @@ fn is_in_vfork(tid: Pid) -> bool {
     state == Some('D') && matches!(nr, Some(libc::SYS_vfork | libc::SYS_clone | libc::SYS_clone3))
 }
 
-/// Lets the children of `vfork`s go first, or their parents never stop.
-fn release_vfork(seized: &mut Seized) {
-    for pid in seized.order.iter().rev() {
-        for (tid, tracee) in seized.threads.get_mut(pid).into_iter().flatten() {
-            if let Some(tracee) = tracee.take()
-                && let Err(err) = tracee.release()
-            {
-                tracing::debug!(%tid, %err, "thread gone before it was released");
-            }
-        }
-    }
+fn is_gone(err: &io::Error) -> bool {
+    err.raw_os_error() == Some(libc::ESRCH)
 }
 
 /// Seizes a thread and asks it to stop; `false` when it has none to stop.
@@ -180,7 +230,7 @@ fn request_stop(tid: Pid) -> Result<bool, DumpError> {
     let suspend_seccomp = status.seccomp != 0;
     match Tracee::request_stop(tid, Seize::Source { suspend_seccomp }) {
         Ok(()) => Ok(true),
-        Err(err) if err.raw_os_error() == Some(libc::ESRCH) => Ok(false),
+        Err(err) if is_gone(&err) => Ok(false),
         // It may have ended since its status was read.
         Err(_) if Status::of(tid).map_or(true, |s| matches!(s.state, 'Z' | 'X')) => Ok(false),
         Err(source) => Err(DumpError::Process { what: "trace a thread", pid: tid, source }),
@@ -189,25 +239,41 @@ fn request_stop(tid: Pid) -> Result<bool, DumpError> {
 
 /// Turns the seized threads into processes.
 fn collect(mut seized: Seized) -> Result<FrozenTree, DumpError> {
-    let mut tree = FrozenTree { processes: Vec::new() };
-    for pid in std::mem::take(&mut seized.order) {
+    let mut found = Vec::with_capacity(seized.order.len());
+    for &pid in &seized.order {
+        let threads = &seized.threads[&pid];
+        match Status::of(pid) {
+            // One that was stopped and then killed, by another that did not
+            // stand still yet, is about to be a zombie.
+            Ok(status)
+                if status.state != 't'
+                    && threads.iter().any(|(tid, t)| *tid == pid && t.is_some()) =>
+            {
+                return Err(DumpError::Vanished(pid));
+            }
+            Ok(status) => found.push((pid, status)),
+            // It ended, and its parent reaped it, before that one stood still.
+            Err(_) if threads.iter().all(|(_, t)| t.is_none()) => {}
+            Err(_) => return Err(DumpError::Vanished(pid)),
+        }
+    }
+    let mut tree = FrozenTree { processes: Vec::with_capacity(found.len()) };
+    for (pid, status) in found {
         let threads = seized.threads.remove(&pid).unwrap_or_default();
         let mut threads: Vec<Tracee> = threads.into_iter().filter_map(|(_, t)| t).collect();
         threads.sort_by_key(|t| t.tid != pid);
-        // From here on the tree's own drop thaws them.
-        let status = Status::of(pid);
-        if status.is_err() && threads.is_empty() {
-            // It ended, and its parent reaped it, before that one stood still.
-            continue;
+        let (remote, vmas) = (None, Vec::new());
+        tree.processes.push(Process { pid, status, threads, statuses: Vec::new(), remote, vmas });
+    }
+    // From here on the tree's own drop thaws them.
+    for process in &mut tree.processes {
+        for thread in &process.threads {
+            process.statuses.push(if thread.tid == process.pid {
+                process.status.clone()
+            } else {
+                Status::of(thread.tid).map_err(|_| DumpError::Vanished(process.pid))?
+            });
         }
-        tree.processes.push(Process {
-            pid,
-            status: status.as_ref().cloned().unwrap_or_default(),
-            threads,
-            remote: None,
-            vmas: Vec::new(),
-        });
-        status.map_err(|_| DumpError::Vanished(pid))?;
     }
     if tree.processes.first().is_none_or(Process::is_zombie) {
         return Err(DumpError::NoProcess(tree.processes.first().map_or(Pid::this(), |p| p.pid)));
@@ -219,18 +285,25 @@ impl FrozenTree {
     /// Lets everything run on, root last: it may be what watches the others.
     pub(crate) fn thaw(&mut self) -> Result<(), DumpError> {
         let mut first = Ok(());
+        let mut leaving = Leaving::default();
         for process in std::mem::take(&mut self.processes).into_iter().rev() {
-            if let Err(err) = release(process) {
-                first = first.and(Err(err));
+            let Process { pid, threads, remote, .. } = process;
+            if let (Some(remote), Some(leader)) = (remote, threads.first())
+                && let Err(source) = remote.remove(leader)
+                && !is_gone(&source)
+            {
+                let what = "remove the stub";
+                first = first.and(Err(DumpError::Process { what, pid, source }));
             }
+            threads.iter().for_each(|thread| leaving.release(thread));
         }
+        leaving.finish();
         first
     }
 
-    /// Lets go of every process but leaves it stopped.
-    pub(crate) fn park(&mut self) -> Result<(), DumpError> {
+    /// Takes the stub out of every process that has it.
+    pub(crate) fn withdraw(&mut self) -> Result<(), DumpError> {
         for Process { pid, threads, remote, .. } in &mut self.processes {
-            // Before the stop is queued: it would end the stub's last batch.
             if let (Some(remote), Some(leader)) = (remote.take(), threads.first()) {
                 remote.remove(leader).map_err(|source| {
                     let what = "remove the stub";
@@ -238,6 +311,13 @@ impl FrozenTree {
                 })?;
             }
         }
+        Ok(())
+    }
+
+    /// Lets go of every process but leaves it stopped.
+    pub(crate) fn park(&mut self) -> Result<(), DumpError> {
+        // Before the stop is queued: it would end the stub's last batch.
+        self.withdraw()?;
         for process in self.processes.iter().filter(|p| !p.is_zombie()) {
             // Takes effect when the thread is let go, before its next
             // instruction.
@@ -274,13 +354,4 @@ impl Drop for FrozenTree {
             tracing::error!(%err, "could not thaw a process");
         }
     }
-}
-
-fn release(process: Process) -> Result<(), DumpError> {
-    let Process { pid, threads, remote, .. } = process;
-    let failed = |source| DumpError::Process { what: "thaw a thread", pid, source };
-    if let (Some(remote), Some(leader)) = (remote, threads.first()) {
-        remote.remove(leader).map_err(failed)?;
-    }
-    threads.iter().try_for_each(Tracee::release).map_err(failed)
 }

@@ -1,10 +1,12 @@
 //! The verdict: what of a running tree cannot move, found without stopping it.
 
 use std::{
-    collections::BTreeSet,
+    collections::{BTreeMap, BTreeSet},
     fs::{self, File},
     io::Read,
     path::PathBuf,
+    thread,
+    time::Duration,
 };
 
 use nix::unistd::Pid;
@@ -19,19 +21,20 @@ use crate::{
     skeleton,
 };
 
-/// How often a tree is looked at before it is called unmovable.
-const LOOKS: u32 = 3;
+/// Milliseconds between looks at a tree before it is called unmovable.
+const BETWEEN_LOOKS: [u64; 4] = [1, 2, 4, 8];
 
 /// Judges the tree below `root`.
 ///
-/// It runs, so a look may fall into the middle of a change; what is really in
-/// the way is there at each.
+/// It runs, so a look may fall into the middle of a change, or of a connection
+/// that is about to be accepted; what is really in the way is there at each.
 pub(crate) fn inspect(root: Pid, options: &Options) -> Result<Verdict, DumpError> {
-    for _ in 1..LOOKS {
+    for ms in BETWEEN_LOOKS {
         match look(root, options)? {
             verdict if verdict.is_movable() => return Ok(verdict),
             verdict => tracing::debug!(?verdict, "looking again"),
         }
+        thread::sleep(Duration::from_millis(ms));
     }
     look(root, options)
 }
@@ -40,17 +43,18 @@ fn look(root: Pid, options: &Options) -> Result<Verdict, DumpError> {
     let mut verdict = Verdict::default();
     let processes = proc::processes_below(root).map_err(|_| DumpError::NoProcess(root))?;
     let home = Home::of(root).ok_or(DumpError::NoProcess(root))?;
-    let mut nodes = Vec::new();
+    let mut found = Vec::new();
     let mut tables = Vec::new();
     for &pid in &processes {
         // What has ended meanwhile has nothing to refuse.
         let (Ok(status), Ok(stat)) = (Status::of(pid), Stat::of(pid)) else { continue };
-        nodes.push(node(pid == root, &status, &stat));
         if status.state != 'Z' {
             tables.push(TableRef { pid, ns_pid: status.tgid() });
             judge_process(pid, &status, &stat, &home, &mut verdict);
         }
+        found.push((pid, status, stat));
     }
+    let mut nodes = nodes(found.iter().map(|(pid, status, stat)| (*pid, status, stat)));
     let tables = tables.as_slice();
     let tasks = &processes;
     verdict
@@ -75,12 +79,27 @@ pub(crate) fn require(root: Pid, options: &Options) -> Result<(), DumpError> {
     }
 }
 
-/// A process as the planner of the tree sees it.
-pub(crate) fn node(is_root: bool, status: &Status, stat: &Stat) -> tree::Node {
-    let parent = || Status::of(Pid::from_raw(stat.ppid)).map_or(0, |s| s.tgid());
+/// Every one of `processes` as the planner of the tree sees it, root first.
+pub(crate) fn nodes<'p>(
+    processes: impl Iterator<Item = (Pid, &'p Status, &'p Stat)> + Clone,
+) -> Vec<tree::Node> {
+    let ids: BTreeMap<i32, i32> =
+        processes.clone().map(|(pid, status, _)| (pid.as_raw(), status.tgid())).collect();
+    let parent = |stat: &Stat| ids.get(&stat.ppid).copied().unwrap_or(0);
+    let mut nodes: Vec<tree::Node> =
+        processes.map(|(_, status, stat)| node(parent(stat), status, stat)).collect();
+    if let Some(root) = nodes.first_mut() {
+        root.ppid = 0;
+    }
+    nodes
+}
+
+/// A process as the planner of the tree sees it; `ppid` is its parent's pid in
+/// the tree, 0 when that is not in it.
+pub(crate) fn node(ppid: i32, status: &Status, stat: &Stat) -> tree::Node {
     tree::Node {
         pid: status.tgid(),
-        ppid: if is_root { 0 } else { parent() },
+        ppid,
         pgid: status.pgid(),
         sid: status.sid(),
         exit_signal: stat.exit_signal,

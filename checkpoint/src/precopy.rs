@@ -8,6 +8,7 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     fs, io,
     os::fd::OwnedFd,
+    rc::Rc,
     time::Instant,
 };
 
@@ -20,11 +21,11 @@ use crate::{
     dump::{Frozen, failed, head_of},
     freeze::{self, Process},
     image::{self, ImageSink, Kind},
-    inspect::{adopt_session, node, require},
+    inspect::{adopt_session, nodes, require},
     intervals::Intervals,
     proc::{self, Stat, Status, Vma},
     resource::{
-        memory::{self, Change, Layout},
+        memory::{self, Change, KernelPages, Layout, Mapping},
         pages::{self, Sent},
         shared::{self, Objects},
         tree,
@@ -61,6 +62,8 @@ pub(crate) struct Baseline {
     pub(crate) nodes: Vec<tree::Node>,
     trackers: BTreeMap<i32, Tracker>,
     objects: Objects,
+    /// How many of the objects the destination knows.
+    announced: usize,
 }
 
 impl Precopy {
@@ -93,15 +96,22 @@ impl Precopy {
             self.sent.nodes = nodes;
         }
         for Living { host, node } in living {
-            // One that ends meanwhile is missed by the next look.
+            // One that ends meanwhile is missed by the next look, and so is one in
+            // the middle of exec or exit: it has no vDSO.
             let Ok(vmas) = proc::vmas(host) else { continue };
-            let sent = self.sent.round(host, node.pid, vmas, Pass::Running, sink);
-            match sent {
+            if KernelPages::of(&vmas).is_none() {
+                continue;
+            }
+            match self.sent.round(host, node.pid, vmas, Pass::Running, sink) {
                 Ok(sent) => {
                     report.pages += sent.pages;
                     report.bytes += sent.bytes;
                 }
-                Err(DumpError::Process { .. }) if Stat::of(host).is_err() => {}
+                Err(DumpError::Process { source, .. })
+                    if source.kind() == io::ErrorKind::NotFound || !still_runs(host, &node) =>
+                {
+                    tracing::debug!(%host, %source, "changed under a round: left to the next");
+                }
                 Err(err) => return Err(err),
             }
         }
@@ -120,22 +130,21 @@ impl Precopy {
     fn look(&self) -> Result<Vec<Living>, DumpError> {
         let hosts =
             proc::processes_below(self.root).map_err(|_| DumpError::NoProcess(self.root))?;
-        let mut living: Vec<Living> = Vec::with_capacity(hosts.len());
+        let mut found = Vec::with_capacity(hosts.len());
         for host in hosts {
             let (Ok(status), Ok(stat)) = (Status::of(host), Stat::of(host)) else { continue };
-            if status.state != 'Z' {
-                living.push(Living { host, node: node(host == self.root, &status, &stat) });
-            }
+            found.push((host, status, stat));
         }
-        if living.first().is_none_or(|l| l.host != self.root) {
+        let is_living = |status: &Status| status.state != 'Z';
+        if found.first().is_none_or(|(host, status, _)| *host != self.root || !is_living(status)) {
             return Err(DumpError::NoProcess(self.root));
         }
+        let mut nodes = nodes(found.iter().map(|(host, status, stat)| (*host, status, stat)));
         if self.options.shell_job {
-            let mut nodes: Vec<tree::Node> = living.iter().map(|l| l.node.clone()).collect();
             adopt_session(&mut nodes);
-            living.iter_mut().zip(nodes).for_each(|(l, node)| l.node = node);
         }
-        Ok(living)
+        let living = found.iter().zip(nodes).filter(|((_, status, _), _)| is_living(status));
+        Ok(living.map(|((host, ..), node)| Living { host: *host, node }).collect())
     }
 
     /// Stops the tree for a moment and gives what is new a userfaultfd. Returns
@@ -148,9 +157,14 @@ impl Precopy {
             let stat = Stat::of(pid).map_err(|_| DumpError::Vanished(pid))?;
             let (ns_pid, generation) = (process.status.tgid(), stat.generation());
             if !self.sent.has(ns_pid, generation) {
-                let tracker = Tracker::install(process, generation)
-                    .map_err(failed("watch the memory", pid))?;
-                self.sent.trackers.insert(ns_pid, tracker);
+                match Tracker::install(process, generation) {
+                    Ok(tracker) => self.sent.adopt(ns_pid, tracker),
+                    // Killed by another before that one stood still.
+                    Err(err) if err.raw_os_error() == Some(libc::ESRCH) => {
+                        tracing::debug!(%pid, "killed while the tree was stopped");
+                    }
+                    Err(err) => return Err(failed("watch the memory", pid)(err)),
+                }
             }
         }
         tree.thaw()?;
@@ -162,6 +176,12 @@ impl Precopy {
 struct Living {
     host: Pid,
     node: tree::Node,
+}
+
+/// Whether this is still the same run of the same program.
+fn still_runs(host: Pid, node: &tree::Node) -> bool {
+    Status::of(host).is_ok_and(|status| !matches!(status.state, 'Z' | 'X'))
+        && Stat::of(host).is_ok_and(|stat| stat.generation() == node.generation)
 }
 
 /// Why memory cannot be sent ahead.
@@ -200,6 +220,28 @@ impl Baseline {
         self.trackers.get(&pid).is_some_and(|t| t.generation == generation)
     }
 
+    /// Watches a process by `tracker` from now on. What the destination has of
+    /// a program that ran there before is still what it has.
+    fn adopt(&mut self, pid: i32, mut tracker: Tracker) {
+        if let Some(former) = self.trackers.remove(&pid) {
+            tracker.layout = former.layout;
+            tracker.sent = former.sent;
+        }
+        self.trackers.insert(pid, tracker);
+    }
+
+    /// Watches no longer where a process has called exec since the last round:
+    /// its userfaultfd watches the memory of the former program.
+    pub(crate) fn forget_former(&mut self, nodes: &[tree::Node]) {
+        for node in nodes {
+            if let Some(tracker) = self.trackers.get_mut(&node.pid)
+                && tracker.generation != node.generation
+            {
+                tracker.stop_watching();
+            }
+        }
+    }
+
     /// Forgets what the destination will have thrown away when it has read
     /// these nodes.
     pub(crate) fn keep(&mut self, nodes: &[tree::Node]) {
@@ -228,7 +270,6 @@ impl Baseline {
         sink: &mut dyn ImageSink,
     ) -> Result<Sent, DumpError> {
         let objects = &mut self.objects;
-        let before = objects.len();
         let tracker = self.trackers.get_mut(&pid);
         let layout = memory::layout(
             pid,
@@ -238,9 +279,10 @@ impl Baseline {
             |vma| shared::file_size(host, vma),
         )
         .map_err(failed("take down the memory map", host))?;
-        if objects.len() != before {
+        if objects.len() != self.announced {
             // Mappings name them, so they come first; content waits.
             objects.announce(sink).map_err(DumpError::Sink)?;
+            self.announced = objects.len();
         }
         match tracker {
             Some(tracker) => {
@@ -262,9 +304,10 @@ fn send_all(host: Pid, layout: &Layout, sink: &mut dyn ImageSink) -> io::Result<
 /// What is known of one process's memory and what was sent of it.
 struct Tracker {
     generation: u64,
-    uffd: WriteTracker,
+    /// `None` when the program that it watched is gone.
+    uffd: Option<WriteTracker>,
     vmas: Vec<Vma>,
-    layout: Option<Layout>,
+    layout: Option<Rc<Layout>>,
     /// Where writes are watched.
     watched: Intervals,
     /// Pages that the destination has.
@@ -280,11 +323,9 @@ impl Tracker {
     fn install(process: &mut Process, generation: u64) -> io::Result<Self> {
         let mut vmas = proc::vmas(process.pid)?;
         let tgid = process.status.tgid();
-        let statuses =
-            process.threads.iter().map(|t| Status::of(t.tid)).collect::<io::Result<Vec<_>>>()?;
         let threads = process.threads.split_first_mut();
         let (leader, others) = threads.ok_or(io::ErrorKind::NotFound)?;
-        let signals = SignalUse::of(&statuses);
+        let signals = SignalUse::of(&process.statuses);
         let remote = Remote::install(leader, others, (tgid, tgid), &mut vmas, &signals)?;
         // Whatever happens next, thawing takes the stub out again.
         let remote = process.remote.insert(remote);
@@ -297,7 +338,7 @@ impl Tracker {
         remote.run(leader, &batch)?;
         Ok(Self {
             generation,
-            uffd: WriteTracker::new(stolen?)?,
+            uffd: Some(WriteTracker::new(stolen?)?),
             vmas,
             layout: None,
             watched: Intervals::default(),
@@ -315,6 +356,12 @@ impl Tracker {
         self.last.clear();
     }
 
+    fn stop_watching(&mut self) {
+        self.uffd = None;
+        self.watched = Intervals::default();
+        self.last.clear();
+    }
+
     fn round(
         &mut self,
         host: Pid,
@@ -323,6 +370,11 @@ impl Tracker {
         sink: &mut dyn ImageSink,
     ) -> io::Result<Sent> {
         let mut bytes = 0;
+        if self.layout.take_if(|old| !old.is_same_space(&layout)).is_some() {
+            self.sent = Intervals::default();
+            self.watched = Intervals::default();
+            self.owed = Intervals::default();
+        }
         let old = self.layout.as_ref().map_or(&[][..], |old| &old.mappings);
         let changes = memory::changes(old, &layout.mappings);
         let is_first = self.layout.is_none();
@@ -342,17 +394,57 @@ impl Tracker {
             self.sent.remove(range);
             self.watched.remove(range);
         }
+        // From here on, for the destination has it whatever fails below; so do
+        // pages that are owed.
+        let layout = Rc::clone(self.layout.insert(Rc::new(layout)));
+        let (ns_pid, mappings) = (layout.pid, layout.mappings.as_slice());
+        self.take(host, mappings, &fresh, pass)?;
+        if pass == Pass::Frozen {
+            // What the kernel wrote on behalf of a call that was under way while
+            // the page was taken.
+            self.owed.extend(self.last.drain(..));
+            bytes += self.drop_gone(host, ns_pid, mappings, sink)?;
+        }
+        let private = || mappings.iter().filter(|m| !m.shared);
+        let ranges: Vec<(u64, u64)> =
+            private().flat_map(|m| self.owed.within((m.start, m.end))).collect();
+        let sent = &self.sent;
+        let is_fresh = |range| !sent.touches(range);
+        let (done, lost) = pages::send(host, ns_pid, mappings, &ranges, &is_fresh, sink)?;
+        if pass == Pass::Frozen && !lost.is_empty() {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+        self.sent.extend(ranges.iter().copied());
+        lost.iter().for_each(|range| self.sent.remove(*range));
+        self.owed = Intervals::default();
+        self.owed.extend(lost);
+        self.last = if is_first { Vec::new() } else { ranges };
+        Ok(Sent { bytes: done.bytes + bytes, ..done })
+    }
+
+    /// Adds to what is owed the pages that were written, or came, since the last
+    /// time.
+    fn take(
+        &mut self,
+        host: Pid,
+        mappings: &[Mapping],
+        fresh: &Intervals,
+        pass: Pass,
+    ) -> io::Result<()> {
+        if self.uffd.is_none() {
+            self.owed.extend(pages::own(host, mappings)?);
+            return Ok(());
+        }
         // In this order: a page that is read before writes to it are noticed
         // could change in between.
-        let mut pages = std::mem::take(&mut self.owed);
-        for mapping in layout.mappings.iter().filter(|m| !m.shared) {
+        for mapping in mappings.iter().filter(|m| !m.shared) {
             let range = (mapping.start, mapping.end);
             if mapping.is_writable() && self.watched.within(range) != [range] {
                 self.watched.insert(range);
             }
             for range in self.watched.within(range) {
                 match self.take_written(host, range) {
-                    Ok(written) => pages.extend(written),
+                    Ok(written) => self.owed.extend(written),
                     // Unmapped since we looked: the next round knows better.
                     Err(err) if pass == Pass::Running => {
                         tracing::debug!(%err, start = range.0, "mapping changed meanwhile");
@@ -363,35 +455,11 @@ impl Tracker {
             }
             for range in fresh.within(range) {
                 if !self.watched.touches(range) {
-                    pages.extend(pages::own(host, &[mapping.clip(range.0, range.1)])?);
+                    self.owed.extend(pages::own(host, &[mapping.clip(range.0, range.1)])?);
                 }
             }
         }
-        if pass == Pass::Frozen {
-            // What the kernel wrote on behalf of a call that was under way while
-            // the page was taken.
-            self.last.iter().for_each(|range| pages.insert(*range));
-            bytes += self.drop_gone(host, &layout, &mut pages, sink)?;
-        }
-        let ranges: Vec<(u64, u64)> = layout
-            .mappings
-            .iter()
-            .filter(|m| !m.shared)
-            .flat_map(|m| pages.within((m.start, m.end)))
-            .collect();
-        let sent = &self.sent;
-        let is_fresh = |range| !sent.touches(range);
-        let (done, lost) =
-            pages::send(host, layout.pid, &layout.mappings, &ranges, &is_fresh, sink)?;
-        if pass == Pass::Frozen && !lost.is_empty() {
-            return Err(io::ErrorKind::UnexpectedEof.into());
-        }
-        self.sent.extend(ranges.iter().copied());
-        lost.iter().for_each(|range| self.sent.remove(*range));
-        self.owed.extend(lost);
-        self.last = if is_first { Vec::new() } else { ranges };
-        self.layout = Some(layout);
-        Ok(Sent { bytes: done.bytes + bytes, ..done })
+        Ok(())
     }
 
     /// Takes what was written in a range that is to be watched. A mapping that
@@ -399,7 +467,7 @@ impl Tracker {
     fn take_written(&self, host: Pid, range: (u64, u64)) -> io::Result<Vec<(u64, u64)>> {
         match pages::take_written(host, range) {
             Err(err) if err.raw_os_error() == Some(libc::EPERM) => {
-                self.uffd.register(range)?;
+                self.uffd.as_ref().ok_or(err)?.register(range)?;
                 pages::take_written(host, range)
             }
             other => other,
@@ -410,21 +478,21 @@ impl Tracker {
     fn drop_gone(
         &mut self,
         host: Pid,
-        layout: &Layout,
-        pages: &mut Intervals,
+        pid: i32,
+        mappings: &[Mapping],
         sink: &mut dyn ImageSink,
     ) -> io::Result<u64> {
         let mut gone = self.sent.clone();
-        pages::own(host, &layout.mappings)?.into_iter().for_each(|range| gone.remove(range));
+        pages::own(host, mappings)?.into_iter().for_each(|range| gone.remove(range));
         let ranges: Vec<(u64, u64)> = gone.iter().collect();
         if ranges.is_empty() {
             return Ok(0);
         }
         for &range in &ranges {
             self.sent.remove(range);
-            pages.remove(range);
+            self.owed.remove(range);
         }
-        image::put(sink, Kind::Drop, &image::Drop { pid: layout.pid, ranges })
+        image::put(sink, Kind::Drop, &image::Drop { pid, ranges })
     }
 }
 

@@ -22,25 +22,53 @@ pub(crate) struct Gift<'f> {
 /// Most fds in one message (`SCM_MAX_FD`).
 const MAX_FDS: usize = 253;
 
-/// Gives `gifts` to a task whose fd table is empty.
-pub(crate) fn give(remote: &Remote, task: &Tracee, gifts: &[Gift<'_>]) -> io::Result<()> {
-    // The task's end gets a number that no gift wants.
+/// Gives `gifts` to a task whose fd table is empty, which executes `first` before
+/// and what `last` adds behind.
+///
+/// Each run of a batch costs two switches between two processes, so calls are put
+/// together: the kernel gives out the lowest free number, so those that the files
+/// arrive at are known before they do.
+pub(crate) fn give(
+    remote: &Remote,
+    task: &Tracee,
+    gifts: &[Gift<'_>],
+    first: Batch,
+    last: impl FnOnce(&mut Batch),
+) -> io::Result<()> {
     let wanted: BTreeSet<u64> = gifts.iter().map(|g| g.number).collect();
     let mut taken = BTreeSet::new();
+    let mut batch = first;
+    let mut arrivals = Vec::new();
     for chunk in gifts.chunks(MAX_FDS) {
-        let received = receive(remote, task, chunk)?;
-        settle(remote, task, chunk, received, &wanted, &mut taken)?;
+        let (theirs, ours) = send(remote, task, chunk, std::mem::take(&mut batch), &arrivals)?;
+        batch.call(libc::SYS_close, args![ours]);
+        let free = (0..).filter(|n| !taken.contains(n) && *n != theirs);
+        let at: Vec<u64> = free.take(chunk.len()).collect();
+        let control = receive(&mut batch, theirs, chunk.len());
+        settle(&mut batch, chunk, at.clone(), &wanted, &mut taken);
+        arrivals = vec![(control, at)];
     }
-    Ok(())
+    last(&mut batch);
+    if batch.is_empty() {
+        return Ok(());
+    }
+    check(&remote.run(task, &batch)?, &arrivals)
 }
 
-/// Receives the fds of `chunk` and returns their provisional numbers.
-fn receive(remote: &Remote, task: &Tracee, chunk: &[Gift<'_>]) -> io::Result<Vec<u64>> {
-    let mut batch = Batch::new();
+/// Runs `batch`, then sends the fds of `chunk`; returns the numbers of the two
+/// ends in the task, first that in which they lie.
+fn send(
+    remote: &Remote,
+    task: &Tracee,
+    chunk: &[Gift<'_>],
+    mut batch: Batch,
+    arrivals: &[(Buf, Vec<u64>)],
+) -> io::Result<(u64, u64)> {
     let pair = batch.space(8);
     let kind = libc::SOCK_DGRAM | libc::SOCK_CLOEXEC;
     batch.call(libc::SYS_socketpair, args![libc::AF_UNIX, kind, 0_u64, pair]);
     let results = remote.run(task, &batch)?;
+    check(&results, arrivals)?;
     let (theirs, ours) = (results.u32(pair, 0), results.u32(pair, 4));
     let pid = rustix::process::Pid::from_raw(task.tid.as_raw()).ok_or(io::ErrorKind::NotFound)?;
     let pidfd = pidfd_open(pid, PidfdFlags::empty()).or_else(|_| leader_pidfd(task))?;
@@ -49,37 +77,45 @@ fn receive(remote: &Remote, task: &Tracee, chunk: &[Gift<'_>]) -> io::Result<Vec
     let raw: Vec<_> = chunk.iter().map(|g| g.fd.as_raw_fd()).collect();
     let rights = [ControlMessage::ScmRights(&raw)];
     sendmsg::<()>(socket.as_raw_fd(), &[IoSlice::new(b"f")], &rights, MsgFlags::empty(), None)?;
-    drop(socket);
+    Ok((u64::from(theirs), u64::from(ours)))
+}
 
-    let mut batch = Batch::new();
-    batch.call(libc::SYS_close, args![u64::from(ours)]);
+/// Wants the files of a message at the numbers foreseen.
+fn check(results: &Results<'_>, arrivals: &[(Buf, Vec<u64>)]) -> io::Result<()> {
+    for (control, at) in arrivals {
+        // Behind a header of 16 bytes.
+        let numbers = (0..at.len()).map(|i| u64::from(results.u32(*control, 16 + 4 * i)));
+        if !numbers.eq(at.iter().copied()) {
+            return Err(io::Error::other("files arrived at numbers that were not foreseen"));
+        }
+    }
+    Ok(())
+}
+
+/// Receives the `n` fds that lie in socket `theirs`. Returns where their numbers
+/// will be.
+fn receive(batch: &mut Batch, theirs: u64, n: usize) -> Buf {
     // struct msghdr: name, namelen, iov, iovlen, control, controllen, flags.
     let byte = batch.space(16);
     let iov = batch.space(16);
     batch.address(iov, byte);
-    let iov = length(&mut batch, iov, 1);
-    let control_len = 16 + 4 * chunk.len();
+    let iov = length(batch, iov, 1);
+    let control_len = 16 + 4 * n;
     let control = batch.space(control_len.next_multiple_of(8));
     let message = batch.space(56);
     batch.address(message.skip(16), iov);
-    length(&mut batch, message.skip(16), 1);
+    length(batch, message.skip(16), 1);
     batch.address(message.skip(32), control);
-    length(&mut batch, message.skip(32), control_len as u64);
-    batch.call(libc::SYS_recvmsg, args![u64::from(theirs), message, 0_u64]);
-    batch.call(libc::SYS_close, args![u64::from(theirs)]);
-    let results = remote.run(task, &batch)?;
-    Ok(numbers(&results, control, chunk.len()))
+    length(batch, message.skip(32), control_len as u64);
+    batch.call(libc::SYS_recvmsg, args![theirs, message, 0_u64]);
+    batch.call(libc::SYS_close, args![theirs]);
+    control
 }
 
 /// Writes `len` behind the address at the start of `at`.
 fn length(batch: &mut Batch, at: Buf, len: u64) -> Buf {
     batch.number(at.skip(8), len);
     at
-}
-
-/// The fds in a received control message, behind its 16-byte header.
-fn numbers(results: &Results<'_>, control: Buf, n: usize) -> Vec<u64> {
-    (0..n).map(|i| u64::from(results.u32(control, 16 + 4 * i))).collect()
 }
 
 /// pidfds name processes, and the task may be another thread than the leader.
@@ -92,14 +128,12 @@ fn leader_pidfd(task: &Tracee) -> rustix::io::Result<std::os::fd::OwnedFd> {
 
 /// Moves received fds to their numbers. `taken` are numbers in place already.
 fn settle(
-    remote: &Remote,
-    task: &Tracee,
+    batch: &mut Batch,
     chunk: &[Gift<'_>],
     mut at: Vec<u64>,
     wanted: &BTreeSet<u64>,
     taken: &mut BTreeSet<u64>,
-) -> io::Result<()> {
-    let mut batch = Batch::new();
+) {
     let dup = |batch: &mut Batch, from: u64, to: u64, cloexec: bool| {
         let flags = if cloexec { libc::O_CLOEXEC } else { 0 };
         batch.call(libc::SYS_dup3, args![from, to, flags]);
@@ -115,15 +149,14 @@ fn settle(
                 let aside = (0..)
                     .find(|n| !taken.contains(n) && !wanted.contains(n) && !at.contains(n))
                     .expect("numbers are many");
-                dup(&mut batch, gift.number, aside, false);
+                dup(batch, gift.number, aside, false);
                 at[i + 1 + j] = aside;
             }
-            dup(&mut batch, at[i], gift.number, gift.cloexec);
+            dup(batch, at[i], gift.number, gift.cloexec);
             at[i] = gift.number;
         }
         taken.insert(gift.number);
     }
-    remote.run(task, &batch).map(drop)
 }
 
 /// The borrowed fds of a list of files under consecutive numbers.

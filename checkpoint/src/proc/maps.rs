@@ -1,6 +1,6 @@
 //! Memory maps: `/proc/PID/smaps`, one [`Vma`] a mapping.
 
-use std::{fs, io};
+use std::io;
 
 use nix::unistd::Pid;
 
@@ -78,7 +78,7 @@ impl Vma {
 
 /// Reads the memory map of `pid` with its flags, in order of addresses.
 pub(crate) fn vmas(pid: Pid) -> io::Result<Vec<Vma>> {
-    let text = fs::read(format!("/proc/{pid}/smaps"))?;
+    let text = super::read(&format!("{pid}/smaps"))?;
     let mut vmas: Vec<Vma> = Vec::new();
     for line in text.split(|&b| b == b'\n') {
         if let Some(flags) = line.strip_prefix(b"VmFlags:") {
@@ -97,7 +97,7 @@ pub(crate) fn vmas(pid: Pid) -> io::Result<Vec<Vma>> {
 /// Without the flags, which cost a walk over all pages, as long as every mapping
 /// overlaps one that was known: flags only ever change for a whole mapping.
 pub(crate) fn vmas_again(pid: Pid, known: &[Vma]) -> io::Result<Vec<Vma>> {
-    let text = fs::read(format!("/proc/{pid}/maps"))?;
+    let text = super::read(&format!("{pid}/maps"))?;
     let mut vmas: Vec<Vma> = text.split(|&b| b == b'\n').filter_map(parse_head).collect();
     for vma in &mut vmas {
         let i = known.partition_point(|k| k.end <= vma.start);

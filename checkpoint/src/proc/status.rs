@@ -1,6 +1,6 @@
 //! `/proc/PID/status` and `/proc/PID/stat`.
 
-use std::{fs, io};
+use std::io;
 
 use nix::unistd::Pid;
 
@@ -41,7 +41,7 @@ pub(crate) struct Status {
 impl Status {
     /// Reads the status of thread `tid`, whatever process it belongs to.
     pub(crate) fn of(tid: Pid) -> io::Result<Self> {
-        let text = fs::read_to_string(format!("/proc/{tid}/status"))?;
+        let text = super::text(&format!("{tid}/status"))?;
         let mut s = Self::default();
         for line in text.lines() {
             let Some((key, value)) = line.split_once(':') else { continue };
@@ -142,7 +142,7 @@ impl Stat {
     }
 
     pub(crate) fn of(pid: Pid) -> io::Result<Self> {
-        let text = fs::read(format!("/proc/{pid}/stat"))?;
+        let text = super::read(&format!("{pid}/stat"))?;
         Self::parse(&text).ok_or_else(|| io::ErrorKind::InvalidData.into())
     }
 

@@ -44,7 +44,7 @@ fn children(pid: Pid) -> io::Result<Vec<Pid>> {
     let mut all = Vec::new();
     for tid in threads(pid).unwrap_or_default() {
         // Gone since: its children are somebody else's now, met elsewhere.
-        let Ok(text) = fs::read_to_string(format!("/proc/{pid}/task/{tid}/children")) else {
+        let Ok(text) = super::text(&format!("{pid}/task/{tid}/children")) else {
             continue;
         };
         all.extend(text.split_whitespace().filter_map(|w| w.parse().ok()).map(Pid::from_raw));

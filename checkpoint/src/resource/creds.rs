@@ -10,7 +10,7 @@ use nix::unistd::Pid;
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    proc::Status,
+    proc::{self, Status},
     stub::{Batch, Buf, Call, Results, args},
     sys::ptrace,
 };
@@ -66,6 +66,7 @@ pub(crate) fn answer(
     results: &Results<'_>,
     tid: Pid,
     status: &Status,
+    ids: &IdMaps,
 ) -> io::Result<Image> {
     let mut seccomp = Vec::new();
     if status.seccomp == SECCOMP_MODE_FILTER {
@@ -73,7 +74,7 @@ pub(crate) fn answer(
             seccomp.push(Filter { program, flags });
         }
     }
-    let (uids, gids) = (IdMap::of(tid, "uid_map")?, IdMap::of(tid, "gid_map")?);
+    let IdMaps { uids, gids } = ids;
     Ok(Image {
         uids: uids.inside_all(status.uids)?,
         gids: gids.inside_all(status.gids)?,
@@ -91,23 +92,37 @@ pub(crate) fn answer(
     })
 }
 
-/// How ids that we see are called inside a task's user namespace
+/// How ids that we see are called inside the tree's user namespace
 /// (`user_namespaces(7)`).
+pub(crate) struct IdMaps {
+    uids: IdMap,
+    gids: IdMap,
+}
+
+impl IdMaps {
+    /// Those of the namespace of `pid`, which is the whole tree's.
+    pub(crate) fn of(pid: Pid) -> io::Result<Self> {
+        // In a namespace that we share, ids are what they are to us; the files
+        // would show their names one level further out.
+        if fs::read_link(format!("/proc/{pid}/ns/user"))? == fs::read_link("/proc/self/ns/user")? {
+            let same = || IdMap(vec![[0, 0, u32::MAX]]);
+            return Ok(Self { uids: same(), gids: same() });
+        }
+        let map = |file: &str| proc::text(&format!("{pid}/{file}")).map(|text| IdMap::parse(&text));
+        Ok(Self { uids: map("uid_map")?, gids: map("gid_map")? })
+    }
+}
+
+/// Lines of a map: first id inside, first outside, how many.
 struct IdMap(Vec<[u32; 3]>);
 
 impl IdMap {
-    fn of(tid: Pid, file: &str) -> io::Result<Self> {
-        // In a namespace that we share, ids are what they are to us; the file
-        // would show their names one level further out.
-        if fs::read_link(format!("/proc/{tid}/ns/user"))? == fs::read_link("/proc/self/ns/user")? {
-            return Ok(Self(vec![[0, 0, u32::MAX]]));
-        }
-        let text = fs::read_to_string(format!("/proc/{tid}/{file}"))?;
+    fn parse(text: &str) -> Self {
         let line = |line: &str| {
             let mut words = line.split_whitespace().map_while(|word| word.parse().ok());
             Some([words.next()?, words.next()?, words.next()?])
         };
-        Ok(Self(text.lines().filter_map(line).collect()))
+        Self(text.lines().filter_map(line).collect())
     }
 
     fn inside(&self, id: u32) -> io::Result<u32> {
@@ -217,7 +232,7 @@ mod tests {
         assert_eq!(map.inside(7).unwrap(), 500);
         assert!(map.inside(100_010).is_err());
         assert!(map.inside(0).is_err());
-        let ours = IdMap::of(Pid::this(), "uid_map").unwrap();
+        let ours = IdMaps::of(Pid::this()).unwrap().uids;
         assert_eq!(ours.inside(1000).unwrap(), 1000);
     }
 }

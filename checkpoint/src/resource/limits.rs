@@ -1,12 +1,13 @@
 //! Resource limits, OOM score and scheduling.
 
-use std::{fs, io};
+use std::{fs, io, sync::OnceLock};
 
 use nix::unistd::Pid;
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    stub::{Batch, Buf, Results, args},
+    proc,
+    stub::{Batch, Buf, Call, Results, args},
     sys::task::{self, SchedAttr},
 };
 
@@ -41,8 +42,8 @@ pub(crate) fn ask(batch: &mut Batch) -> Asked {
 pub(crate) fn answer(asked: &Asked, results: &Results<'_>, pid: Pid) -> io::Result<Process> {
     let rlimits = (0..RLIMITS).map(|n| n * 16);
     let rlimits = rlimits.map(|at| (results.u64(asked.0, at), results.u64(asked.0, at + 8)));
-    let oom = fs::read_to_string(format!("/proc/{pid}/oom_score_adj"))?;
-    let filter = fs::read_to_string(format!("/proc/{pid}/coredump_filter"))?;
+    let oom = proc::text(&format!("{pid}/oom_score_adj"))?;
+    let filter = proc::text(&format!("{pid}/coredump_filter"))?;
     Ok(Process {
         rlimits: rlimits.collect(),
         oom_score_adj: oom.trim().parse().unwrap_or(0),
@@ -83,20 +84,34 @@ pub(crate) struct Thread {
 }
 
 impl Thread {
-    pub(crate) fn dump(tid: Pid) -> io::Result<Self> {
+    /// Asks a thread for what is told to nobody else.
+    pub(crate) fn ask(batch: &mut Batch) -> Call {
+        batch.call(libc::SYS_prctl, args![libc::PR_GET_TIMERSLACK])
+    }
+
+    /// Puts it together with what the kernel tells of thread `tid`.
+    pub(crate) fn answer(slack: Call, results: &Results<'_>, tid: Pid) -> io::Result<Self> {
         let cpus = task::affinity(tid)?;
         let bound = u64::from(cpus.iter().map(|b| b.count_ones()).sum::<u32>()) < online_cpus();
-        let slack = fs::read_to_string(format!("/proc/{tid}/timerslack_ns"))?;
         Ok(Self {
             sched: task::sched_attr(tid)?,
             io_priority: task::io_priority(tid)?,
             cpus: bound.then_some(cpus),
-            timer_slack_ns: slack.trim().parse().unwrap_or(0),
+            timer_slack_ns: results.get(slack)?,
         })
     }
 
+    /// Adds the call by which a thread sets its own timer slack: 0 would be the
+    /// slack it was born with, and is what real-time threads report.
+    pub(crate) fn restore_slack(&self, batch: &mut Batch) {
+        if self.timer_slack_ns != 0 {
+            batch.call(libc::SYS_prctl, args![libc::PR_SET_TIMERSLACK, self.timer_slack_ns]);
+        }
+    }
+
+    /// Sets the rest from outside.
     pub(crate) fn restore(&self, tid: Pid) -> io::Result<()> {
-        let Self { sched, io_priority, cpus, timer_slack_ns } = self;
+        let Self { sched, io_priority, cpus, timer_slack_ns: _ } = self;
         if task::sched_attr(tid)? != *sched {
             task::set_sched_attr(tid, sched)?;
         }
@@ -109,11 +124,15 @@ impl Thread {
             // A destination without these CPUs lets it run on those it has.
             tracing::warn!(%tid, %err, "CPU affinity not kept");
         }
-        fs::write(format!("/proc/{tid}/timerslack_ns"), timer_slack_ns.to_string())
+        Ok(())
     }
 }
 
 fn online_cpus() -> u64 {
-    let n = nix::unistd::sysconf(nix::unistd::SysconfVar::_NPROCESSORS_ONLN);
-    n.ok().flatten().and_then(|n| u64::try_from(n).ok()).unwrap_or(1)
+    // The C library opens a file for it.
+    static ONLINE: OnceLock<u64> = OnceLock::new();
+    *ONLINE.get_or_init(|| {
+        let n = nix::unistd::sysconf(nix::unistd::SysconfVar::_NPROCESSORS_ONLN);
+        n.ok().flatten().and_then(|n| u64::try_from(n).ok()).unwrap_or(1)
+    })
 }

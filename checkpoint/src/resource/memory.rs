@@ -82,6 +82,14 @@ pub(crate) struct Layout {
     pub(crate) kernel_pages: Option<KernelPages>,
 }
 
+impl Layout {
+    /// Whether `later` shows the same address space: an exec makes another, which
+    /// shares nothing with the former, and puts the vDSO elsewhere.
+    pub(crate) fn is_same_space(&self, later: &Self) -> bool {
+        self.kernel_pages == later.kernel_pages
+    }
+}
+
 /// `VmFlags` words that have a `madvise(2)` value.
 const ADVICE: [(&[u8; 2], i32); 8] = [
     (b"dc", libc::MADV_DONTFORK),

@@ -7,7 +7,7 @@ use nix::unistd::Pid;
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    proc::Stat,
+    proc::{self, Stat},
     stub::{Batch, Call, Results, args},
 };
 
@@ -38,8 +38,11 @@ pub(crate) struct Asked {
     no_huge_pages: Call,
     deny_write_execute: Call,
     child_subreaper: crate::stub::Buf,
+    personality: Call,
 }
 
+/// `personality(2)` changes nothing when told this.
+const ASK_PERSONALITY: u64 = 0xffff_ffff;
 const PR_GET_MDWE: i32 = 66;
 const PR_SET_MDWE: i32 = 65;
 const PR_GET_THP_DISABLE: i32 = 42;
@@ -56,7 +59,8 @@ pub(crate) fn ask(batch: &mut Batch) -> Asked {
         batch.try_call(libc::SYS_prctl, args![PR_GET_MDWE, zero, zero, zero, zero]);
     let child_subreaper = batch.space(4);
     batch.call(libc::SYS_prctl, args![libc::PR_GET_CHILD_SUBREAPER, child_subreaper]);
-    Asked { brk, dumpable, no_huge_pages, deny_write_execute, child_subreaper }
+    let personality = batch.call(libc::SYS_personality, args![ASK_PERSONALITY]);
+    Asked { brk, personality, dumpable, no_huge_pages, deny_write_execute, child_subreaper }
 }
 
 /// Puts the image of `pid`'s address space together.
@@ -67,7 +71,6 @@ pub(crate) fn answer(
     stat: &Stat,
 ) -> io::Result<Image> {
     let exe = fs::read_link(format!("/proc/{pid}/exe"))?;
-    let personality = fs::read_to_string(format!("/proc/{pid}/personality"))?;
     Ok(Image {
         fields: [
             stat.start_code,
@@ -82,13 +85,13 @@ pub(crate) fn answer(
             stat.env.0,
             stat.env.1,
         ],
-        auxv: fs::read(format!("/proc/{pid}/auxv"))?,
+        auxv: proc::read(&format!("{pid}/auxv"))?,
         exe: exe.as_os_str().as_bytes().to_vec(),
         dumpable: results.get(asked.dumpable)?,
         no_huge_pages: results.get(asked.no_huge_pages).unwrap_or(0) & 1 != 0,
         deny_write_execute: results.get(asked.deny_write_execute).unwrap_or(0),
         child_subreaper: results.u32(asked.child_subreaper, 0) != 0,
-        personality: u64::from_str_radix(personality.trim(), 16).unwrap_or(0),
+        personality: results.get(asked.personality)?,
     })
 }
 

@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use super::{creds, limits, signals::Queue};
 use crate::{
     proc::Status,
-    stub::{Batch, Buf, Results, Tracee, args},
+    stub::{Batch, Buf, Call, Results, Tracee, args},
     sys::{
         ptrace::{self, Rseq},
         task,
@@ -40,6 +40,8 @@ pub(crate) struct Asked {
     signal_stack: Buf,
     clear_child_tid: Buf,
     creds: creds::Asked,
+    name: Buf,
+    slack: Call,
 }
 
 const PR_GET_TID_ADDRESS: i32 = 40;
@@ -50,7 +52,10 @@ pub(crate) fn ask(batch: &mut Batch) -> Asked {
     batch.call(libc::SYS_sigaltstack, args![0_u64, signal_stack]);
     let clear_child_tid = batch.space(8);
     batch.call(libc::SYS_prctl, args![PR_GET_TID_ADDRESS, clear_child_tid]);
-    Asked { signal_stack, clear_child_tid, creds: creds::ask(batch) }
+    let name = batch.space(16);
+    batch.call(libc::SYS_prctl, args![libc::PR_GET_NAME, name]);
+    let slack = limits::Thread::ask(batch);
+    Asked { signal_stack, clear_child_tid, creds: creds::ask(batch), name, slack }
 }
 
 /// Puts the image of a thread together, without queued signals.
@@ -59,13 +64,14 @@ pub(crate) fn answer(
     results: &Results<'_>,
     task: &Tracee,
     status: &Status,
+    ids: &creds::IdMaps,
     xstate: Vec<u8>,
 ) -> io::Result<Image> {
     let tid = task.tid;
-    let name = std::fs::read(format!("/proc/{tid}/comm"))?;
+    let name = results.bytes(asked.name);
     Ok(Image {
         tid: status.tid(),
-        name: name.strip_suffix(b"\n").unwrap_or(&name).to_vec(),
+        name: name.split(|&byte| byte == 0).next().unwrap_or_default().to_vec(),
         regs: to_words(&task.portable_regs()),
         xstate,
         mask: task.mask,
@@ -75,8 +81,8 @@ pub(crate) fn answer(
         rseq: ptrace::rseq(tid).unwrap_or_default(),
         clear_child_tid: results.u64(asked.clear_child_tid, 0),
         queue: Queue::default(),
-        creds: creds::answer(&asked.creds, results, tid, status)?,
-        limits: limits::Thread::dump(tid)?,
+        creds: creds::answer(&asked.creds, results, tid, status, ids)?,
+        limits: limits::Thread::answer(asked.slack, results, tid)?,
     })
 }
 
@@ -84,6 +90,7 @@ pub(crate) fn answer(
 pub(crate) fn restore(image: &Image, batch: &mut Batch) {
     let name = batch.string(&image.name);
     batch.call(libc::SYS_prctl, args![libc::PR_SET_NAME, name]);
+    image.limits.restore_slack(batch);
     batch.call(libc::SYS_set_tid_address, args![image.clear_child_tid]);
     let (head, len) = image.robust_list;
     if head != 0 {

@@ -5,12 +5,15 @@
 //! What a timer has left is carried, not when it ends, so that clocks of two
 //! hosts need not agree.
 
-use std::{fs, io};
+use std::io;
 
 use nix::unistd::Pid;
 use serde::{Deserialize, Serialize};
 
-use crate::stub::{Batch, Buf, Results, args};
+use crate::{
+    proc,
+    stub::{Batch, Buf, Results, args},
+};
 
 /// `struct itimerval` or `struct itimerspec`: interval, then what is left.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -84,7 +87,7 @@ pub(crate) fn ask(
         batch.call(libc::SYS_getitimer, args![which, buf]);
         buf
     });
-    let text = fs::read_to_string(format!("/proc/{pid}/timers"))?;
+    let text = proc::text(&format!("{pid}/timers"))?;
     let posix = parse(&text, ns_tid)
         .ok_or(io::ErrorKind::InvalidData)?
         .into_iter()

@@ -193,9 +193,6 @@ impl Builder {
     fn reshape(&mut self, head: Head) -> Result<(), RestoreError> {
         let old = self.head.take().map(|head| head.nodes).unwrap_or_default();
         let kept = tree::kept(&old, &head.nodes);
-        if old.first().map(|n| n.generation) != head.nodes.first().map(|n| n.generation) {
-            return Err(RestoreError::Image("its root became another program meanwhile".into()));
-        }
         let gone: Vec<&tree::Node> = old.iter().filter(|n| !kept.contains(&n.pid)).collect();
         for node in &gone {
             self.task(node.pid)?.kill();

@@ -188,15 +188,23 @@ impl Task {
             let reason = format!("it maps memory below {:#x}", skeleton::END);
             return Err(RestoreError::Missing { object: format!("pid {}", self.pid), reason });
         }
+        let is_first = self.layout.is_none();
+        if let Some(old) = self.layout.take_if(|old| !old.is_same_space(&layout)) {
+            let mut batch = Batch::new();
+            for mapping in &old.mappings {
+                batch.call(libc::SYS_munmap, args![mapping.start, mapping.end - mapping.start]);
+            }
+            self.run("leave the former program", &batch)?;
+        }
         if self.layout.is_none() {
             self.move_kernel_pages(wanted).map_err(|err| self.failed("move the vDSO", err))?;
+        }
+        if is_first {
             self.leave_skeleton(wanted)?;
         }
         let gifts = transfer::consecutive(objects.iter().map(|(_, fd)| *fd));
-        if !gifts.is_empty() {
-            transfer::give(&self.remote, &self.tracee, &gifts)
-                .map_err(|err| self.failed("hand over memory objects", err))?;
-        }
+        transfer::give(&self.remote, &self.tracee, &gifts, Batch::new(), |_| {})
+            .map_err(|err| self.failed("hand over memory objects", err))?;
         let numbers: BTreeMap<ObjectId, u64> = objects.iter().map(|(id, _)| *id).zip(0..).collect();
         let old = self.layout.as_ref().map_or(&[][..], |old| &old.mappings);
         let mut batch = Batch::new();
@@ -301,43 +309,67 @@ impl Task {
         image: &Process,
         files: &Opened,
     ) -> Result<(), RestoreError> {
-        let mut batch = Batch::new();
-        for mapping in self.layout.iter().flat_map(|layout| &layout.mappings) {
-            mapping.lock(&mut batch);
-        }
-        mm::restore(&image.mm, &mut batch);
-        fs::restore(&image.fs, &mut batch);
-        signals::restore(&image.actions, &mut batch);
-        self.run("restore the process", &batch)?;
-        self.take_files(files)?;
-        self.create_threads(image)?;
-        let mut batch = Batch::new();
-        timers::create(&image.timers, &mut batch);
-        image.limits.restore(&mut batch);
-        self.run("create timers and set limits", &batch)?;
+        let (leader, others) =
+            image.threads.split_first().ok_or_else(|| RestoreError::Image("no thread".into()))?;
         let scored = image.limits.restore_scores(self.host());
         scored.map_err(|err| self.failed("set its OOM score", err))?;
-        self.identify(image)
+        let mut first = Batch::new();
+        for mapping in self.layout.iter().flat_map(|layout| &layout.mappings) {
+            mapping.lock(&mut first);
+        }
+        mm::restore(&image.mm, &mut first);
+        fs::restore(&image.fs, &mut first);
+        signals::restore(&image.actions, &mut first);
+        // What makes threads comes before what forbids it.
+        let is_alone = others.is_empty();
+        if is_alone {
+            avoid(&mut self.remote, leader.queue.mask() | image.queue.mask());
+        }
+        self.take_files(files, first, |batch| {
+            if is_alone {
+                timers::create(&image.timers, batch);
+                image.limits.restore(batch);
+                self.identify(image, leader, batch);
+            }
+        })?;
+        if !is_alone {
+            self.create_threads(image)?;
+            for (thread, tracee) in others.iter().zip(&self.threads) {
+                self.identify_thread(image, thread, tracee)?;
+            }
+            avoid(&mut self.remote, leader.queue.mask() | image.queue.mask());
+            let mut batch = Batch::new();
+            timers::create(&image.timers, &mut batch);
+            image.limits.restore(&mut batch);
+            self.identify(image, leader, &mut batch);
+            self.run("restore the leading thread", &batch)?;
+        }
+        leader.limits.restore(self.host()).map_err(|err| self.failed("schedule a thread", err))
     }
 
-    fn take_files(&self, files: &Opened) -> Result<(), RestoreError> {
+    fn take_files(
+        &self,
+        files: &Opened,
+        first: Batch,
+        last: impl FnOnce(&mut Batch),
+    ) -> Result<(), RestoreError> {
         let number = |fd: RawFd| u64::from(fd.cast_unsigned());
         let table = files.table(self.pid).into_iter();
         let gifts: Vec<Gift<'_>> = table
             .map(|(fd, file, cloexec)| Gift { number: number(fd), fd: file, cloexec })
             .collect();
-        transfer::give(&self.remote, &self.tracee, &gifts)
-            .map_err(|err| self.failed("hand over open files", err))?;
-        let mut batch = Batch::new();
-        for item in files.epoll_items(self.pid) {
-            // struct epoll_event is packed: events, then the program's word.
-            let mut raw = item.events.to_le_bytes().to_vec();
-            raw.extend_from_slice(&item.data.to_le_bytes());
-            let event = batch.bytes(&raw);
-            let add = libc::EPOLL_CTL_ADD;
-            batch.call(libc::SYS_epoll_ctl, args![item.epfd, add, item.tfd, event]);
-        }
-        self.run("register epoll items", &batch)
+        transfer::give(&self.remote, &self.tracee, &gifts, first, |batch| {
+            for item in files.epoll_items(self.pid) {
+                // struct epoll_event is packed: events, then the program's word.
+                let mut raw = item.events.to_le_bytes().to_vec();
+                raw.extend_from_slice(&item.data.to_le_bytes());
+                let event = batch.bytes(&raw);
+                let add = libc::EPOLL_CTL_ADD;
+                batch.call(libc::SYS_epoll_ctl, args![item.epfd, add, item.tfd, event]);
+            }
+            last(batch);
+        })
+        .map_err(|err| self.failed("restore the process", err))
     }
 
     fn create_threads(&mut self, image: &Process) -> Result<(), RestoreError> {
@@ -358,30 +390,28 @@ impl Task {
         Ok(())
     }
 
-    /// Gives every thread what is its own, privileges last.
-    fn identify(&mut self, image: &Process) -> Result<(), RestoreError> {
-        let (first, others) =
-            image.threads.split_first().ok_or_else(|| RestoreError::Image("no thread".into()))?;
-        for (thread, tracee) in others.iter().zip(&self.threads) {
-            let mut remote = self.remote.of((self.pid, thread.tid));
-            avoid(&mut remote, thread.queue.mask() | image.queue.mask());
-            let mut batch = Batch::new();
-            self.personal(thread, &mut batch);
-            creds::restrict(&thread.creds, &mut batch);
-            self.run_in("restore a thread", &remote, tracee, &batch)?;
-            thread
-                .limits
-                .restore(tracee.tid)
-                .map_err(|err| self.failed("schedule a thread", err))?;
-        }
-        avoid(&mut self.remote, first.queue.mask() | image.queue.mask());
+    /// Gives a thread other than the leader what is its own, privileges last.
+    fn identify_thread(
+        &self,
+        image: &Process,
+        thread: &threads::Image,
+        tracee: &Tracee,
+    ) -> Result<(), RestoreError> {
+        let mut remote = self.remote.of((self.pid, thread.tid));
+        avoid(&mut remote, thread.queue.mask() | image.queue.mask());
         let mut batch = Batch::new();
-        self.personal(first, &mut batch);
-        image.queue.restore(self.pid, None, &mut batch);
-        mm::seal(&image.mm, &mut batch);
-        creds::restrict(&first.creds, &mut batch);
-        self.run("restore the leading thread", &batch)?;
-        first.limits.restore(self.host()).map_err(|err| self.failed("schedule a thread", err))
+        self.personal(thread, &mut batch);
+        creds::restrict(&thread.creds, &mut batch);
+        self.run_in("restore a thread", &remote, tracee, &batch)?;
+        thread.limits.restore(tracee.tid).map_err(|err| self.failed("schedule a thread", err))
+    }
+
+    /// Gives the leader what is its own and the process's, privileges last.
+    fn identify(&self, image: &Process, leader: &threads::Image, batch: &mut Batch) {
+        self.personal(leader, batch);
+        image.queue.restore(self.pid, None, batch);
+        mm::seal(&image.mm, batch);
+        creds::restrict(&leader.creds, batch);
     }
 
     fn personal(&self, thread: &threads::Image, batch: &mut Batch) {

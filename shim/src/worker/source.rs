@@ -151,6 +151,8 @@ pub(crate) trait Tree {
         frozen: &mut Self::Frozen,
         sink: &mut dyn ImageSink,
     ) -> Result<DumpReport, DumpError>;
+    /// Takes out of it what the dump needed there.
+    fn withdraw(&self, frozen: &mut Self::Frozen) -> Result<(), DumpError>;
     /// Leaves it stopped, whatever becomes of this process.
     fn park(&self, frozen: Self::Frozen) -> Result<(), DumpError>;
     /// Lets it run after it was parked.
@@ -225,6 +227,12 @@ pub(crate) fn migrate<T: Tree>(
     let sent = since.elapsed();
 
     // The destination builds meanwhile, so this costs no downtime.
+    if let Err(err) = tree.withdraw(&mut frozen) {
+        let problem = undumpable(err);
+        drop(frozen);
+        link.cancel(problem.clone());
+        return Err(problem);
+    }
     let bytes = link.sent();
     shim.tell(&Event::Progress {
         phase: Phase::Switching,
@@ -390,6 +398,10 @@ impl Tree for Container<'_> {
 
     fn dump(&self, frozen: &mut Frozen, sink: &mut dyn ImageSink) -> Result<DumpReport, DumpError> {
         frozen.dump(sink)
+    }
+
+    fn withdraw(&self, frozen: &mut Frozen) -> Result<(), DumpError> {
+        frozen.withdraw()
     }
 
     fn park(&self, frozen: Frozen) -> Result<(), DumpError> {

@@ -79,6 +79,11 @@ impl<'a> Tree for &'a Fake {
         }
     }
 
+    fn withdraw(&self, _: &mut FakeFrozen<'a>) -> Result<(), DumpError> {
+        assert_eq!(self.is.get(), Original::Frozen);
+        Ok(())
+    }
+
     fn park(&self, frozen: FakeFrozen<'a>) -> Result<(), DumpError> {
         assert_eq!(self.is.replace(Original::Parked), Original::Frozen);
         drop(frozen);
