@@ -5,6 +5,7 @@
 //! all of them, and ratios are taken pair by pair within a repetition. The
 //! first repetition is thrown away: memory that was free for long is slow.
 
+mod freeze;
 mod limits;
 mod local;
 mod machine;
@@ -94,6 +95,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     let criu_lacks = redis::criu_lacks();
     not_measured.extend(criu_lacks.as_ref().map(|why| format!("runc and CRIU, because {why}")));
     benches.extend(limits::benches());
+    benches.extend(freeze::benches());
     benches.extend(local::benches(criu_lacks.is_none()));
     benches.extend(redis::benches(criu_lacks.is_none()));
     benches.retain(|bench| wanted(&bench.name()));
