@@ -21,7 +21,10 @@ pub(crate) const BUILD: &[&str] = &["gcc", "libc6-dev", "libseccomp-dev", "pkg-c
 pub(crate) const DEMO: &[&str] = &["busybox-static", "iproute2", "redis-tools", "util-linux"];
 
 /// Packages that the tests need on top.
-pub(crate) const TEST: &[&str] = &["curl", "nftables", "podman", "procps", "runc"];
+///
+/// podman asks CRIU for its version before it lets a runtime checkpoint; nothing
+/// of ours runs it.
+pub(crate) const TEST: &[&str] = &["criu", "curl", "nftables", "podman", "procps", "runc"];
 
 /// Installs those of `packages` that are missing.
 pub(crate) fn install(packages: &[&[&str]]) -> Result<()> {

@@ -7,13 +7,27 @@ use crate::bundle::{Bundle, needs_root, until};
 /// Runs podman with a store of its own; wants success and returns its stdout.
 #[track_caller]
 fn podman(bundle: &Bundle, args: &[&str]) -> String {
+    let output = command(bundle, args).output().unwrap();
+    assert!(output.status.success(), "{args:?}: {output:?}");
+    String::from_utf8(output.stdout).unwrap()
+}
+
+fn command(bundle: &Bundle, args: &[&str]) -> Command {
     let mut command = Command::new("podman");
     command.arg("--root").arg(bundle.path("store")).arg("--runroot").arg(bundle.path("run"));
     command.args(["--cgroup-manager=cgroupfs", "--storage-driver=vfs", "--events-backend=none"]);
-    command.args(["--runtime", env!("CARGO_BIN_EXE_dunlin")]).args(args);
-    let output = command.stdin(Stdio::null()).output().unwrap();
-    assert!(output.status.success(), "{args:?}: {output:?}");
-    String::from_utf8(output.stdout).unwrap()
+    command.args(["--runtime", env!("CARGO_BIN_EXE_dunlin")]).args(args).stdin(Stdio::null());
+    command
+}
+
+/// Removes the container whatever becomes of the test.
+struct Removed<'b>(&'b Bundle);
+
+impl Drop for Removed<'_> {
+    fn drop(&mut self) {
+        let removed = command(self.0, &["rm", "--force", "--time=0", "c"]).output().unwrap();
+        println!("podman rm: {removed:?}");
+    }
 }
 
 #[test]
@@ -32,6 +46,7 @@ fn podman_runs_checkpoints_and_restores() {
     let program = "n=0; while :; do n=$((n+1)); echo $n; sleep 0.02; done";
     let run = [["run", "--detach", "--name=c"].as_slice(), &limits, &["--rootfs"]].concat();
     let run = [run.as_slice(), &[rootfs.to_str().unwrap(), "sh", "-c", program]].concat();
+    let _removed = Removed(&bundle);
     podman(&bundle, &run);
     let logs = || podman(&bundle, &["logs", "c"]);
     until("it counts", || 10 < logs().lines().count());
@@ -44,5 +59,4 @@ fn podman_runs_checkpoints_and_restores() {
     let counted: Vec<usize> = logs().lines().map(|line| line.parse().unwrap()).collect();
     let expected: Vec<usize> = (1..=counted.len()).collect();
     assert_eq!(counted, expected, "every line once and in order");
-    podman(&bundle, &["rm", "--force", "--time=0", "c"]);
 }
