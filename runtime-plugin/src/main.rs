@@ -10,6 +10,7 @@ mod commands;
 mod console;
 mod container;
 mod create;
+mod described;
 mod foreground;
 mod hook;
 mod log;

@@ -80,7 +80,8 @@ impl Manifest {
     }
 }
 
-fn write(path: &Path, text: &str) -> Result<()> {
+/// Writes a file of a checkpoint directory.
+pub(crate) fn write(path: &Path, text: &str) -> Result<()> {
     let write = || {
         let mut file =
             OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(path)?;

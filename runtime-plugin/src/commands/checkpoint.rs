@@ -17,6 +17,7 @@ use nix::unistd::Pid;
 use super::kill;
 use crate::clocks::Clocks;
 use crate::container::Root;
+use crate::described;
 use crate::log::Afterwards;
 use crate::manifest::Manifest;
 use crate::network::Port;
@@ -140,6 +141,7 @@ pub(crate) fn checkpoint(root: &Root, args: &Checkpoint) -> Result<u8> {
         .afterwards(|| as_before)?;
     tracing::info!(%id, ?report, "checkpoint written");
     if !args.leave_running && !args.pre_dump {
+        kill::await_reaped(&container);
         kill::remove(container, true)
             .afterwards(|| format!("{id} has ended and its image is complete"))?;
     }
@@ -170,6 +172,9 @@ fn dump(container: &Container, args: &Checkpoint) -> Result<DumpReport> {
     let mut sink = FileSink::create(&args.image_path).with_context(cannot_write)?;
     let report = frozen.dump(&mut sink)?;
     manifest.save(&args.image_path)?;
+    let with_properties = args.manage_cgroups_mode != "ignore";
+    described::save(container, &args.image_path, with_properties)
+        .context("cannot describe the image")?;
     sink.finish().with_context(cannot_write)?;
     if let Some(parent) = &args.parent_path {
         link_parent(parent, &args.image_path).with_context(cannot_write)?;

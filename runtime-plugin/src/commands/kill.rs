@@ -2,6 +2,8 @@
 
 use std::fs;
 use std::path::Path;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use libcgroups::common::{CgroupConfig, CgroupManager, create_cgroup_manager};
@@ -15,11 +17,14 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::process::{PidfdFlags, pidfd_open};
 
-use crate::container::{Record, Root};
+use crate::container::{Record, Root, start_time};
 use crate::network;
 
 /// How long `delete` waits for an init that may be ending.
 const GRACE: Timespec = Timespec { tv_sec: 0, tv_nsec: 100_000_000 };
+
+/// How long a killed init may stay a zombie: its parent may be slow.
+const COLLECTED: Duration = Duration::from_secs(2);
 
 /// Sends a signal to init or to every process of a container.
 pub(crate) fn kill(root: &Root, args: &Kill) -> Result<u8> {
@@ -97,6 +102,15 @@ fn await_end(container: &Container) -> Result<()> {
     let ends = &mut [PollFd::new(&pidfd, PollFlags::IN)];
     poll(ends, Some(&GRACE)).context("cannot wait for init")?;
     Ok(())
+}
+
+/// Gives whoever is the parent of an init that was killed the time to collect
+/// it, so that callers find its pid gone: the kernel tells nobody else of that.
+pub(crate) fn await_reaped(container: &Container) {
+    let started = Instant::now();
+    while container.pid().and_then(start_time).is_some() && started.elapsed() < COLLECTED {
+        thread::sleep(Duration::from_millis(1));
+    }
 }
 
 /// Signal 0: only asks whether init is there.

@@ -26,6 +26,7 @@ use super::{
 use crate::resource::shared::ObjectId;
 
 const HUGETLBFS: i64 = 0x9584_58f6;
+const TMPFS: i64 = 0x0102_1994;
 
 /// A description of a file without a name.
 #[derive(Debug, PartialEq, Serialize, Deserialize)]
@@ -106,6 +107,13 @@ impl Deleted {
             times.map(|(tv_sec, tv_nsec)| rustix::fs::Timespec { tv_sec, tv_nsec });
         Ok(rustix::fs::futimens(file, &Timestamps { last_access, last_modification })?)
     }
+}
+
+/// Whether the file was unlinked on a file system that is memory, and that the
+/// destination makes anew.
+pub(super) fn is_on_tmpfs(held: &Held) -> bool {
+    held.path().as_os_str().as_bytes().ends_with(b" (deleted)")
+        && fstatfs(&held.fd).is_ok_and(|fs| fs.f_type == TMPFS)
 }
 
 /// Whether the file is a memfd.

@@ -60,6 +60,11 @@ pub(super) fn dump(
             FileType::Directory if held.stat.st_nlink == 0 => {
                 return ghost::dump_directory(held, &path).map(Kind::GhostDirectory);
             }
+            // Its other names stay behind with the file system.
+            FileType::RegularFile if !is_path && ghost::is_on_tmpfs(held) => {
+                out.losses.push(format!("is {}, which keeps no other name", held.link()));
+                return ghost::dump(held, &path, out).map(Kind::Ghost);
+            }
             _ => (),
         }
         return Err(Refusal::new(
