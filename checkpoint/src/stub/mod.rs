@@ -10,13 +10,15 @@
 mod batch;
 mod frame;
 mod remote;
+mod told;
 mod tracee;
 
 pub(crate) use batch::{Arg, Batch, Buf, Call, args};
 /// Bytes in front of the loop where the source's way in and out lies.
 pub(crate) const TRAMPOLINE: u64 = frame::TRAMPOLINE as u64;
 
-pub(crate) use remote::{DATA_LEN, Place, Remote, Results, SignalUse, find_hole, find_slack};
+pub(crate) use remote::{DATA_LEN, Place, Remote, Results, find_hole, find_slack};
+pub(crate) use told::SignalUse;
 pub(crate) use tracee::Tracee;
 
 use std::arch::global_asm;
