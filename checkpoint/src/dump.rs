@@ -122,6 +122,7 @@ impl Frozen {
         }
         let head = self.head(&images, &stats, &names)?;
         self.baseline.forget_former(&head.nodes);
+        self.baseline.begin();
         let mut objects = Objects::default();
         let (files, connections) = self.files(&mut objects)?;
         self.connections = connections;

@@ -223,18 +223,23 @@ fn is_gone(err: &io::Error) -> bool {
 
 /// Seizes a thread and asks it to stop; `false` when it has none to stop.
 fn request_stop(tid: Pid) -> Result<bool, DumpError> {
-    let Ok(status) = Status::of(tid) else { return Ok(false) };
-    if matches!(status.state, 'Z' | 'X') {
-        return Ok(false);
-    }
-    let suspend_seccomp = status.seccomp != 0;
-    match Tracee::request_stop(tid, Seize::Source { suspend_seccomp }) {
-        Ok(()) => Ok(true),
-        Err(err) if is_gone(&err) => Ok(false),
-        // It may have ended since its status was read.
-        Err(_) if Status::of(tid).map_or(true, |s| matches!(s.state, 'Z' | 'X')) => Ok(false),
-        Err(source) => Err(DumpError::Process { what: "trace a thread", pid: tid, source }),
-    }
+    let request =
+        |suspend_seccomp| match Tracee::request_stop(tid, Seize::Source { suspend_seccomp }) {
+            Ok(()) => Ok(true),
+            Err(err) if is_gone(&err) => Ok(false),
+            Err(err) => Err(err),
+        };
+    // To ask first whether there is anything to suspend costs more than to do it.
+    let seized = request(true).or_else(|source| match Status::of(tid) {
+        // What has ended cannot be seized, nor asked what it was.
+        Err(_) => Ok(false),
+        Ok(status) if matches!(status.state, 'Z' | 'X') => Ok(false),
+        // A kernel without `CONFIG_CHECKPOINT_RESTORE`, or a caller that is
+        // filtered itself, cannot suspend.
+        Ok(status) if status.seccomp == 0 => request(false),
+        Ok(_) => Err(source),
+    });
+    seized.map_err(|source| DumpError::Process { what: "trace a thread", pid: tid, source })
 }
 
 /// Turns the seized threads into processes.

@@ -5,7 +5,7 @@
 //! what is left is sent by the dump, in the freeze.
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::{BTreeMap, BTreeSet, HashMap, hash_map::Entry},
     fs, io,
     os::fd::OwnedFd,
     rc::Rc,
@@ -23,7 +23,7 @@ use crate::{
     image::{self, ImageSink, Kind},
     inspect::{adopt_session, nodes, require},
     intervals::Intervals,
-    proc::{self, Stat, Status, Vma},
+    proc::{self, Stat, Status, Vma, VmaKind},
     resource::{
         memory::{self, Change, KernelPages, Layout, Mapping},
         pages::{self, Sent},
@@ -64,6 +64,8 @@ pub(crate) struct Baseline {
     objects: Objects,
     /// How many of the objects the destination knows.
     announced: usize,
+    /// Sizes of mapped files since [`Baseline::begin`].
+    sizes: Sizes,
 }
 
 impl Precopy {
@@ -83,6 +85,7 @@ impl Precopy {
     pub fn round(&mut self, sink: &mut dyn ImageSink) -> Result<RoundReport, DumpError> {
         let started = Instant::now();
         let mut report = RoundReport::default();
+        self.sent.begin();
         let mut living = self.look()?;
         if living.iter().any(|l| !self.sent.has(l.node.pid, l.node.generation)) {
             report.stopped_us = self.watch()?;
@@ -216,6 +219,11 @@ pub(crate) enum Pass {
 }
 
 impl Baseline {
+    /// Begins to look at all processes once more.
+    pub(crate) fn begin(&mut self) {
+        self.sizes.clear();
+    }
+
     fn has(&self, pid: i32, generation: u64) -> bool {
         self.trackers.get(&pid).is_some_and(|t| t.generation == generation)
     }
@@ -269,14 +277,14 @@ impl Baseline {
         pass: Pass,
         sink: &mut dyn ImageSink,
     ) -> Result<Sent, DumpError> {
-        let objects = &mut self.objects;
+        let (objects, sizes) = (&mut self.objects, &mut self.sizes);
         let tracker = self.trackers.get_mut(&pid);
         let layout = memory::layout(
             pid,
             &vmas,
             tracker.is_some(),
             |vma| objects.identify(host, vma),
-            |vma| shared::file_size(host, vma),
+            |vma| file_size(sizes, host, vma),
         )
         .map_err(failed("take down the memory map", host))?;
         if objects.len() != self.announced {
@@ -292,6 +300,19 @@ impl Baseline {
             }
             None => send_all(host, &layout, sink).map_err(failed("send the memory", host)),
         }
+    }
+}
+
+/// Sizes of files by path, device and inode: on overlayfs files of two layers may
+/// have both numbers in common.
+type Sizes = HashMap<(Vec<u8>, (u64, u64)), u64>;
+
+/// The size of a mapped file: most are mapped many times, and by many.
+fn file_size(sizes: &mut Sizes, host: Pid, vma: &Vma) -> io::Result<u64> {
+    let VmaKind::File { path, id, .. } = &vma.kind else { return shared::file_size(host, vma) };
+    match sizes.entry((path.clone(), *id)) {
+        Entry::Occupied(known) => Ok(*known.get()),
+        Entry::Vacant(place) => Ok(*place.insert(shared::file_size(host, vma)?)),
     }
 }
 

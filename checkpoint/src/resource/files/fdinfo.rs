@@ -1,13 +1,11 @@
 //! What `/proc/PID/fdinfo/FD` says.
 
-use std::{
-    fs::File,
-    io::{self, Read},
-    os::fd::RawFd,
-};
+use std::{io, os::fd::RawFd};
 
 use nix::unistd::Pid;
 use rustix::fs::OFlags;
+
+use crate::proc;
 
 /// Flags the kernel shows that are no status of the description.
 const NO_STATUS: u32 = libc::O_CLOEXEC.cast_unsigned();
@@ -24,9 +22,7 @@ pub(super) struct FdInfo {
 
 impl FdInfo {
     pub(super) fn read(pid: Pid, fd: RawFd) -> io::Result<Self> {
-        // Room enough for one read: the file does not say how long it is.
-        let mut text = String::with_capacity(4096);
-        File::open(format!("/proc/{pid}/fdinfo/{fd}"))?.read_to_string(&mut text)?;
+        let text = proc::text(&format!("{pid}/fdinfo/{fd}"))?;
         Self::parse(&text).ok_or_else(|| io::Error::other("fdinfo in an unknown form"))
     }
 
