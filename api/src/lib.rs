@@ -5,6 +5,7 @@
 
 pub mod client;
 pub mod error;
+pub mod fault;
 pub mod rest;
 pub mod wire;
 pub mod worker;

@@ -44,4 +44,6 @@ pub enum Reply {
     Offer(Box<Offer>),
     /// The journal knows that a commit may have been sent.
     MayCommit,
+    /// It does not, and will not.
+    MayNot(Problem),
 }

@@ -15,6 +15,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use clap::Args;
+use dunlin_api::fault::point;
 use dunlin_api::rest::{ContainerId, DestinationState, Phase};
 use dunlin_api::wire::{Arrived, Committed, DestinationLink, Limits, LinkError, Offer, Sums};
 use dunlin_api::worker::{Event, Reply};
@@ -121,9 +122,12 @@ fn build(
     shim.tell(&Event::Destination(DestinationState::Preparing));
     let mut sandbox = prepare(root, cli, args, offer).map_err(failed)?;
     let (init, stdio) = (sandbox.init(), sandbox.stdio().map_err(failed)?);
+    let pass = |name| point(name).map_err(|err| failed(err.into()));
+    pass("destination.prepared")?;
     link.prepared().map_err(broken)?;
 
     shim.tell(&Event::Destination(DestinationState::Filling));
+    pass("destination.filling")?;
     let place = dunlin_checkpoint::Sandbox { init, stdio };
     let mut source = Source { link, shim, failure: None, told: Instant::now() };
     let nascent = match dunlin_checkpoint::restore(place, &mut source).and_then(|nascent| {
@@ -136,11 +140,18 @@ fn build(
 
     shim.tell(&Event::Destination(DestinationState::Ready));
     let sums = sums(&nascent);
-    let committed = link.ready(sums).map_err(broken)?;
+    pass("destination.ready")?;
+    link.announce(sums).map_err(broken)?;
+    // While the source stops its own for good, so it costs nothing.
+    sandbox.arm().map_err(failed)?;
+    let committed = link.committed().map_err(broken)?;
     let since = Instant::now();
     shim.tell(&Event::Destination(DestinationState::Committed));
+    pass("destination.committed")?;
     sandbox.unmute().map_err(failed)?;
     nascent.thaw().map_err(|err| failed(err.into()))?;
+    // It runs, so nothing may fail any more.
+    point("destination.running").ok();
     let thaw_us = u64::try_from(since.elapsed().as_micros()).unwrap_or(u64::MAX);
     Ok((sandbox, committed, Arrived { thaw_us }))
 }
@@ -231,7 +242,7 @@ impl Shim {
         self.replies.read_line(&mut line).context("cannot hear the shim")?;
         match serde_json::from_str(&line).context("the shim's first line is no reply")? {
             Reply::Offer(offer) => Ok(*offer),
-            Reply::MayCommit => bail!("the shim's first line is not the offer"),
+            Reply::MayCommit | Reply::MayNot(_) => bail!("the shim's first line is not the offer"),
         }
     }
 

@@ -74,6 +74,13 @@ impl Sandbox {
         Ok([take(0)?, take(1)?, take(2)?])
     }
 
+    /// Calls it running, just before it may: if this process is killed then,
+    /// the shim knows by init's life whether it ran.
+    pub(crate) fn arm(&mut self) -> Result<()> {
+        let container = self.container.as_mut().context("the sandbox was given up")?;
+        Ok(container.set_status(ContainerStatus::Running).save()?)
+    }
+
     /// Connects the container's network, the last step before its tree runs.
     pub(crate) fn unmute(&mut self) -> Result<()> {
         self.network.as_mut().map_or(Ok(()), Muted::unmute)

@@ -47,6 +47,9 @@ pub(crate) struct Config {
     /// Longest time a destination may take to prepare, in seconds
     #[arg(long, default_value_t = 30, value_parser = clap::value_parser!(u64).range(1..=3600))]
     pub(crate) prepare_s: u64,
+    /// Longest time a worker may show no sign of life before it is killed, in seconds
+    #[arg(long, default_value_t = 60, value_parser = clap::value_parser!(u64).range(1..=3600))]
+    pub(crate) stuck_s: u64,
 }
 
 impl Config {
@@ -56,6 +59,11 @@ impl Config {
             silence: Duration::from_millis(self.silence_ms),
             prepare: Duration::from_secs(self.prepare_s),
         }
+    }
+
+    /// Longest time a worker may say nothing.
+    pub(crate) fn stuck(&self) -> Duration {
+        Duration::from_secs(self.stuck_s)
     }
 
     /// Directory of one migration's files.

@@ -3,14 +3,16 @@
 use std::{
     os::{fd::OwnedFd, unix::net::UnixStream},
     sync::Arc,
+    time::Duration,
 };
 
 use dunlin_api::{
     ErrorCode, Problem,
     client::Conn,
+    fault::point,
     rest::{
         Acceptance, CanAccept, ContainerId, DestinationState, Migration, MigrationState, Origin,
-        PeerMigration, PeerOutcome, Phase, Progress,
+        PeerMigration, PeerOutcome, Phase, Progress, Status,
     },
     wire::{self, DestinationLink, Offer},
     worker::{Event, Reply},
@@ -25,10 +27,14 @@ use crate::{
     listen::Caller,
     migrations::{Entry, now_ms},
     outgoing::finish,
+    process::Process,
     runtime,
     verdict::{self, Here, find_bundle},
     worker::{self, Worker},
 };
+
+/// How long a process may take to end after it was killed.
+const LAST_BREATH: Duration = Duration::from_secs(1);
 
 /// Whether this node would take a container.
 pub(crate) async fn can_accept(shim: &Shim, asked: &CanAccept) -> Result<Acceptance, Problem> {
@@ -163,7 +169,8 @@ impl Incoming {
             Ok(mut worker) => {
                 let watched = self.watch(&mut worker).await;
                 let end = worker.wait().await;
-                if !watched.ran {
+                let ran = watched.ran || came(shim, &offer.container).await;
+                if !ran {
                     worker.end_leftovers();
                 }
                 let died = || {
@@ -171,7 +178,7 @@ impl Incoming {
                         format!("the worker that built {} ended with {end}", offer.container);
                     Problem::new(ErrorCode::WorkerDied, offer.container.as_str(), detail)
                 };
-                (watched.problem.unwrap_or_else(died), watched.ran)
+                (watched.problem.unwrap_or_else(died), ran)
             }
             Err(problem) => (problem, false),
         };
@@ -182,6 +189,7 @@ impl Incoming {
                 tracing::warn!(%problem, "the container that came cannot be seen");
             }
             let running = MigrationState::In(DestinationState::Running);
+            skip_to_committed(entry).await;
             finish(shim, entry, running, Ok(None)).await;
         } else {
             discard(shim, entry, problem).await;
@@ -194,6 +202,7 @@ impl Incoming {
             let detail = format!("cannot start {}: {err}", shim.config.runtime.display());
             Problem::new(ErrorCode::Internal, offer.container.as_str(), detail)
         };
+        tokio::task::block_in_place(|| point("destination.accepted")).map_err(failed)?;
         let log = shim.config.migration_dir(offer.migration).join("destination.log");
         let mut command = runtime::dunlin(&shim.config);
         // Its stderr becomes the container's.
@@ -204,7 +213,7 @@ impl Incoming {
         command.arg("--bundle").arg(bundle).arg(offer.container.as_str());
         worker::append(&shim.config.container_log(&offer.container)).map_err(failed)?;
         let stream = Some(OwnedFd::from(stream));
-        let spawned = Worker::spawn(command, stream, &log);
+        let spawned = Worker::spawn(command, stream, &log, shim.config.stuck());
         let mut worker = spawned.map_err(failed)?;
         entry.worker(worker.process).await?;
         worker.reply(&Reply::Offer(Box::new(offer.clone()))).await.map_err(failed)?;
@@ -273,11 +282,11 @@ struct Watched {
 /// Removes what was built, and only then says so.
 async fn discard(shim: &Arc<Shim>, entry: &Arc<Entry>, problem: Problem) {
     let id = entry.migration().container;
-    let mut pause = std::time::Duration::from_millis(50);
+    let mut pause = Duration::from_millis(50);
     while let Err(problem) = remove(shim, &id).await {
         tracing::error!(container = %id, %problem, "what was built cannot be removed yet");
         tokio::time::sleep(pause).await;
-        pause = (pause * 2).min(std::time::Duration::from_secs(5));
+        pause = (pause * 2).min(Duration::from_secs(5));
     }
     shim.containers.refresh().await;
     finish(shim, entry, MigrationState::In(DestinationState::Discarded), Err(problem)).await;
@@ -285,10 +294,50 @@ async fn discard(shim: &Arc<Shim>, entry: &Arc<Entry>, problem: Problem) {
 
 /// Deletes the half-built container, if there is one.
 async fn remove(shim: &Shim, id: &ContainerId) -> Result<(), Problem> {
-    let built = runtime::list(&shim.config).await?;
-    match built.iter().any(|container| container.id == *id) {
-        true => runtime::delete(&shim.config, &Origin::Dunlin, id).await,
-        false => Ok(()),
+    // Asked for even if nothing is listed: a worker that was killed may leave
+    // what is no container yet.
+    runtime::delete(&shim.config, &Origin::Dunlin, id).await
+}
+
+/// Whether a container runs whose worker has ended. The runtime calls it
+/// running just before the worker may wake it; the worker's end kills whatever
+/// it had not let go, and it lets init go last.
+async fn came(shim: &Shim, id: &ContainerId) -> bool {
+    let init = loop {
+        match runtime::list(&shim.config).await {
+            Ok(all) => {
+                let found = all.into_iter().find(|found| found.id == *id);
+                let running = found.filter(|found| found.status == Status::Running);
+                break running.and_then(|found| found.pid).and_then(Process::find);
+            }
+            Err(problem) => {
+                tracing::error!(%problem, "cannot see whether {id} runs");
+                tokio::time::sleep(Duration::from_secs(1)).await;
+            }
+        }
+    };
+    let Some(init) = init else { return false };
+    // One that was killed is on its way out.
+    while !init.gone_within(LAST_BREATH).await {
+        if !init.is_ending() {
+            return true;
+        }
+    }
+    false
+}
+
+/// Steps that were taken while nobody wrote them down.
+async fn skip_to_committed(entry: &Entry) {
+    let committed = MigrationState::In(DestinationState::Committed);
+    if entry.migration().state == committed {
+        return;
+    }
+    let skipped = entry.change(|record| {
+        record.migration.state = committed;
+        Ok(())
+    });
+    if let Err(problem) = skipped.await {
+        tracing::warn!(%problem, "a step is not in the journal");
     }
 }
 
@@ -303,29 +352,8 @@ pub(crate) async fn recover(shim: Arc<Shim>, entry: Arc<Entry>) {
     {
         tracing::error!(%err, "cannot wait for a worker");
     }
-    let runs = loop {
-        match runtime::list(&shim.config).await {
-            Ok(all) => {
-                break all.iter().any(|found| {
-                    found.id == *container && found.status == dunlin_api::rest::Status::Running
-                });
-            }
-            Err(problem) => {
-                tracing::error!(%problem, "cannot see whether {container} runs");
-                tokio::time::sleep(std::time::Duration::from_secs(1)).await;
-            }
-        }
-    };
-    if runs {
-        // The steps between were taken while nobody wrote them down.
-        let committed = MigrationState::In(DestinationState::Committed);
-        let skipped = entry.change(|record| {
-            record.migration.state = committed;
-            Ok(())
-        });
-        if let Err(problem) = skipped.await {
-            tracing::warn!(%problem, "a step is not in the journal");
-        }
+    if came(&shim, container).await {
+        skip_to_committed(&entry).await;
         let running = MigrationState::In(DestinationState::Running);
         finish(&shim, &entry, running, Ok(None)).await;
     } else {

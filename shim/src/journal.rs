@@ -4,11 +4,12 @@
 //! The store lies in the state directory, by default on a file system that
 //! ends with the boot, as containers do.
 
-use std::{fs, path::Path, sync::Arc};
+use std::{fs, path::Path, sync::Arc, time::Duration};
 
 use dunlin_api::{
     ErrorCode, Problem,
-    rest::{HookState, Instance, Migration, Origin},
+    fault::point,
+    rest::{HookState, Instance, Migration, MigrationState, Origin},
 };
 use redb::{Database, ReadableDatabase, ReadableTable, TableDefinition};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
@@ -19,6 +20,10 @@ use crate::process::Process;
 const MIGRATIONS: TableDefinition<'_, u128, &[u8]> = TableDefinition::new("migrations");
 const HOOKS: TableDefinition<'_, &str, &[u8]> = TableDefinition::new("hooks");
 const IDENTITY: TableDefinition<'_, &str, u128> = TableDefinition::new("identity");
+
+/// Longest time that anybody waits for a write: a store that hangs is one that
+/// fails.
+const PATIENCE: Duration = Duration::from_secs(5);
 
 /// All that is kept of a migration.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -49,6 +54,9 @@ pub(crate) struct Away {
 pub(crate) struct Journal {
     db: Arc<Database>,
     id: Uuid,
+    /// Held by each write to its end: one that was given up and lands late
+    /// never lands after its successor.
+    turn: Arc<tokio::sync::Mutex<()>>,
 }
 
 impl Journal {
@@ -71,7 +79,7 @@ impl Journal {
             }
         };
         write.commit()?;
-        Ok(Self { db: Arc::new(db), id })
+        Ok(Self { db: Arc::new(db), id, turn: Arc::default() })
     }
 
     /// Which store this is.
@@ -82,7 +90,9 @@ impl Journal {
     /// Writes a record; it is on its medium when this returns.
     pub(crate) async fn put(&self, record: Record) -> Result<(), Problem> {
         let id = record.migration.id.as_u128();
+        let name = point_of(record.migration.state);
         self.write(move |write| {
+            point(&name).map_err(redb::StorageError::from)?;
             write.open_table(MIGRATIONS)?.insert(id, &*to_json(&record))?;
             Ok(())
         })
@@ -142,18 +152,33 @@ impl Journal {
         &self,
         change: impl FnOnce(&redb::WriteTransaction) -> Result<(), redb::Error> + Send + 'static,
     ) -> Result<(), Problem> {
-        let db = self.db.clone();
-        let written = tokio::task::spawn_blocking(move || -> Result<(), redb::Error> {
-            let write = db.begin_write()?;
-            change(&write)?;
-            Ok(write.commit()?)
-        });
+        let (db, turn) = (self.db.clone(), self.turn.clone());
+        let write = async {
+            let turn = turn.lock_owned().await;
+            let write = move || -> Result<(), redb::Error> {
+                let _turn = turn;
+                let write = db.begin_write()?;
+                change(&write)?;
+                Ok(write.commit()?)
+            };
+            tokio::task::spawn_blocking(write).await
+        };
         let failed = |err: &dyn std::fmt::Display| {
             let detail = format!("the journal cannot be written: {err}");
             Problem::new(ErrorCode::JournalFailed, "journal", detail)
         };
-        written.await.map_err(|err| failed(&err))?.map_err(|err| failed(&err))
+        let written = tokio::time::timeout(PATIENCE, write).await.map_err(|err| failed(&err))?;
+        written.map_err(|err| failed(&err))?.map_err(|err| failed(&err))
     }
+}
+
+/// Name of the point at which a record of this state is written.
+fn point_of(state: MigrationState) -> String {
+    let name = match state {
+        MigrationState::Out(state) => serde_json::to_value(state),
+        MigrationState::In(state) => serde_json::to_value(state),
+    };
+    format!("journal.{}", name.ok().as_ref().and_then(|name| name.as_str()).unwrap_or_default())
 }
 
 /// The kernel's boot id.

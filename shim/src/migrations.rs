@@ -3,8 +3,11 @@
 
 use std::{
     collections::BTreeMap,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
-    time::{Instant, SystemTime, UNIX_EPOCH},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
 use dunlin_api::{
@@ -32,6 +35,7 @@ pub(crate) struct Entry {
     pub(crate) reserved: u64,
     rate: Mutex<Rate>,
     cancelled: watch::Sender<bool>,
+    resolved: AtomicBool,
 }
 
 struct Rate {
@@ -179,6 +183,11 @@ impl Entry {
         *self.cancelled.borrow()
     }
 
+    /// Whether a doubt may be ended by the caller: only the first may.
+    pub(crate) fn resolves(&self) -> bool {
+        !self.resolved.swap(true, Ordering::SeqCst)
+    }
+
     /// Waits until it is over.
     pub(crate) async fn over(&self) {
         self.subscribe().wait_for(|migration| migration.state.is_final()).await.ok();
@@ -233,6 +242,13 @@ impl Migrations {
         }
         if let Err(problem) = self.journal.put(record).await {
             lock(&self.entries).remove(&id);
+            // A write that was given up may land yet.
+            let journal = self.journal.clone();
+            tokio::spawn(async move {
+                while journal.forget(vec![id]).await.is_err() {
+                    tokio::time::sleep(Duration::from_secs(1)).await;
+                }
+            });
             return Err(problem);
         }
         self.forget_old().await;
@@ -302,6 +318,7 @@ fn entry(journal: &Journal, record: Record, reserved: u64) -> Arc<Entry> {
         reserved,
         rate: Mutex::new(Rate { since: Instant::now(), bytes: 0 }),
         cancelled: watch::Sender::new(false),
+        resolved: AtomicBool::new(false),
     })
 }
 

@@ -78,7 +78,7 @@ pub(crate) async fn can_migrate(
     let (_, client) = shim.peer(&request.to)?;
     let (verdict, needs) = judge_here(shim, &container, init, request).await?;
     let asked = question(shim, &container, request, needs);
-    let there = client.can_accept(&asked).await?;
+    let there = in_time(shim, client.can_accept(&asked)).await?;
     Ok(Verdict::of(verdict.findings.into_iter().chain(there.findings).collect()))
 }
 
@@ -125,7 +125,10 @@ async fn spawn(
     let mut command = Command::new("/proc/self/exe");
     command.arg0("dunlin-shim").arg("source-worker");
     let log = shim.config.migration_dir(migration).join("source.log");
-    let mut worker = Worker::spawn(command, stream, &log).map_err(|err| failed(&err))?;
+    // A judge's work is of no use to anybody but the one who waits for it.
+    command.kill_on_drop(stream.is_none());
+    let mut worker =
+        Worker::spawn(command, stream, &log, shim.config.stuck()).map_err(|err| failed(&err))?;
     worker.say(job).await.map_err(|err| failed(&err))?;
     Ok(worker)
 }
@@ -186,25 +189,46 @@ impl Outgoing {
                 let total_us = u64::try_from(since.elapsed().as_micros()).unwrap_or(u64::MAX);
                 depart(&self.shim, &self.entry, Some(Report { total_us, ..report })).await;
             }
-            Err(problem) if self.in_doubt() => {
+            Err(problem) if self.in_doubt(&problem) => {
                 doubt(&self.shim, &self.entry, problem).await;
             }
             Err(problem) => roll_back(&self.shim, &self.entry, problem).await,
         }
     }
 
-    fn in_doubt(&self) -> bool {
-        self.entry.migration().state == MigrationState::Out(SourceState::InDoubt)
+    /// Waits for something that takes time, but not when nobody wants it any more.
+    async fn unless_cancelled<T>(
+        &self,
+        work: impl Future<Output = Result<T, Problem>>,
+    ) -> Result<T, Problem> {
+        tokio::select! {
+            done = work => done,
+            () = self.entry.cancelled() => Err(cancelled(&self.container)),
+        }
+    }
+
+    /// Whether `Commit` may have been sent, to an unknown end. A doubt may not
+    /// have come into the journal.
+    fn in_doubt(&self, problem: &Problem) -> bool {
+        let unknown = matches!(problem.code, ErrorCode::InDoubt | ErrorCode::WorkerDied);
+        match self.entry.migration().state {
+            MigrationState::Out(SourceState::InDoubt) => true,
+            // A worker that lives to tell has let the container run on.
+            MigrationState::Out(SourceState::Committing) => unknown,
+            _ => false,
+        }
     }
 
     /// Everything up to the answer to `Commit`. An error means that the
     /// container runs here, unless the state is `InDoubt`.
     async fn attempt(&self, request: &MigrateRequest) -> Result<Report, Problem> {
         let Self { shim, entry, container, .. } = self;
-        let (verdict, needs) = judge_here(shim, container, self.init, request).await?;
+        let judging = judge_here(shim, container, self.init, request);
+        let (verdict, needs) = self.unless_cancelled(judging).await?;
         refuse(&verdict.findings)?;
         let asked = question(shim, container, request, needs.clone());
-        let there = self.client.can_accept(&asked).await?;
+        let asking = in_time(shim, self.client.can_accept(&asked));
+        let there = self.unless_cancelled(asking).await?;
         refuse(&there.findings)?;
         entry
             .change(|record| {
@@ -219,7 +243,9 @@ impl Outgoing {
             return Err(cancelled(container));
         }
 
-        let stream = worker::into_fd(self.client.open_migration().await?).map_err(|err| {
+        let opening = in_time(shim, self.client.open_migration());
+        let stream = self.unless_cancelled(opening).await?;
+        let stream = worker::into_fd(stream).map_err(|err| {
             let detail = format!("the connection cannot be handed over: {err}");
             Problem::new(ErrorCode::Internal, container.id.as_str(), detail)
         })?;
@@ -246,13 +272,7 @@ impl Outgoing {
             Ok(Some(report)) => Ok(report),
             Ok(None) => {
                 let detail = format!("the worker that moved {} ended with {end}", container.id);
-                let died = Problem::new(ErrorCode::WorkerDied, container.id.as_str(), detail);
-                // It may have sent `Commit` before it died.
-                let committing = MigrationState::Out(SourceState::Committing);
-                if entry.migration().state == committing {
-                    entry.advance(MigrationState::Out(SourceState::InDoubt)).await?;
-                }
-                Err(died)
+                Err(Problem::new(ErrorCode::WorkerDied, container.id.as_str(), detail))
             }
             Err(problem) => Err(problem),
         }
@@ -302,8 +322,8 @@ impl Outgoing {
                             worker.reply(&Reply::MayCommit).await.ok();
                         }
                         Err(problem) => {
-                            worker.signal(Signal::TERM);
                             tracing::error!(%problem, "no commit without its record");
+                            worker.reply(&Reply::MayNot(problem)).await.ok();
                         }
                     }
                 }
@@ -318,6 +338,18 @@ impl Outgoing {
             }
         }
     }
+}
+
+/// Waits for a peer's answer, which may hang as a peer may.
+async fn in_time<T>(
+    shim: &Shim,
+    answer: impl Future<Output = Result<T, Problem>>,
+) -> Result<T, Problem> {
+    let patience = shim.config.limits().prepare;
+    tokio::time::timeout(patience, answer).await.unwrap_or_else(|_| {
+        let detail = format!("the peer did not answer for {patience:?}");
+        Err(Problem::new(ErrorCode::PeerSilent, "peer", detail))
+    })
 }
 
 fn refuse(findings: &[Finding]) -> Result<(), Problem> {
@@ -397,24 +429,32 @@ async fn doubt(shim: &Arc<Shim>, entry: &Arc<Entry>, problem: Problem) {
     tracing::error!(migration = %id, %peer, %problem, "in doubt: the container stays stopped");
     entry.phase(Phase::Asking, None).await;
     let noted = entry.change(|record| {
+        record.migration.state = MigrationState::Out(SourceState::InDoubt);
         record.migration.error = Some(problem.clone());
         Ok(())
     });
     if let Err(problem) = noted.await {
-        tracing::warn!(%problem, "the cause of a doubt is not in the journal");
+        tracing::warn!(%problem, "a doubt is not in the journal");
     }
     let away = entry.record().await.away;
     let asked = away.as_ref().and_then(|away| away.instance.clone());
     let mut pause = std::time::Duration::from_millis(20);
     let mut watch = entry.subscribe();
     loop {
-        if let Some((runs, why)) = ask(shim, &peer, id, entry.token(), asked.as_ref()).await {
-            return resolve(shim, entry, runs, why.unwrap_or(problem)).await;
-        }
-        tokio::select! {
-            () = tokio::time::sleep(pause) => {}
+        let asking = async {
+            let answer = ask(shim, &peer, id, entry.token(), asked.as_ref()).await;
+            if answer.is_none() {
+                tokio::time::sleep(pause).await;
+            }
+            answer
+        };
+        let answer = tokio::select! {
+            answer = asking => answer,
             // An operator decided.
             _ = watch.wait_for(|migration| migration.state.is_final()) => return,
+        };
+        if let Some((runs, why)) = answer {
+            return resolve(shim, entry, runs, why.unwrap_or(problem)).await;
         }
         pause = (pause * 2).min(MAX_PAUSE);
     }
@@ -430,7 +470,7 @@ async fn ask(
 ) -> Option<(Runs, Option<Problem>)> {
     let endpoint: Endpoint = peer.parse().ok()?;
     let client = Client::new(endpoint).with_tls(shim.encrypt.clone());
-    let told = client.peer_migration(id, token).await.inspect_err(|problem| {
+    let told = in_time(shim, client.peer_migration(id, token)).await.inspect_err(|problem| {
         tracing::warn!(migration = %id, %peer, %problem, "no answer about a migration in doubt");
     });
     let told = told.ok()?;
@@ -452,6 +492,10 @@ async fn ask(
 
 /// Ends a doubt.
 async fn resolve(shim: &Arc<Shim>, entry: &Arc<Entry>, runs: Runs, why: Problem) {
+    // The peer and an operator may answer at once.
+    if !entry.resolves() {
+        return entry.over().await;
+    }
     match runs {
         Runs::There => depart(shim, entry, None).await,
         Runs::Here => {
@@ -496,14 +540,9 @@ pub(crate) async fn recover(shim: Arc<Shim>, entry: Arc<Entry>) {
     let detail = "the shim ended during the migration";
     let problem = Problem::new(ErrorCode::Internal, migration.container.as_str(), detail);
     match migration.state {
-        MigrationState::Out(SourceState::Committing) => {
-            let doubt_state = MigrationState::Out(SourceState::InDoubt);
-            if let Err(problem) = entry.advance(doubt_state).await {
-                tracing::error!(%problem, "a doubt is not in the journal");
-            }
+        MigrationState::Out(SourceState::Committing | SourceState::InDoubt) => {
             doubt(&shim, &entry, problem).await;
         }
-        MigrationState::Out(SourceState::InDoubt) => doubt(&shim, &entry, problem).await,
         _ => roll_back(&shim, &entry, problem).await,
     }
 }

@@ -32,6 +32,22 @@ impl Process {
         Self::find(self.pid) == Some(self)
     }
 
+    /// Whether it was killed and has not ended yet.
+    pub(crate) fn is_ending(self) -> bool {
+        const PF_EXITING: u64 = 4;
+        const KILL: u64 = 1 << (Signal::KILL.as_raw() - 1);
+        let read = |name| fs::read_to_string(format!("/proc/{}/{name}", self.pid));
+        let (stat, status) = (read("stat").unwrap_or_default(), read("status").unwrap_or_default());
+        let flags = stat.rsplit_once(')').and_then(|(_, rest)| rest.split_whitespace().nth(6));
+        let exiting = flags.and_then(|flags| flags.parse::<u64>().ok());
+        let pending = status.lines().filter_map(|line| {
+            let mask = line.strip_prefix("SigPnd:").or_else(|| line.strip_prefix("ShdPnd:"))?;
+            u64::from_str_radix(mask.trim(), 16).ok()
+        });
+        exiting.is_none_or(|flags| flags & PF_EXITING != 0)
+            || pending.fold(0, |all, mask| all | mask) & KILL != 0
+    }
+
     /// Sends it a signal, and never to another that has its pid by now.
     pub(crate) fn signal(self, signal: Signal) -> io::Result<()> {
         let Some(fd) = self.open()? else { return Ok(()) };

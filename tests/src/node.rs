@@ -3,7 +3,7 @@
 use std::{
     fs::{self, File},
     io,
-    path::PathBuf,
+    path::{Path, PathBuf},
     process::{Child, Command, Stdio},
     thread,
     time::{Duration, Instant},
@@ -54,6 +54,8 @@ impl Node {
             .arg(program("dunlin")?)
             .arg(format!("--insecure-listen={}:{PORT}", host.address()))
             .args(flags)
+            // Only programs with the feature `fault-injection` look there.
+            .env("DUNLIN_FAULT", Path::new(crate::hosts::FOLDER).join("faults"))
             .stdin(Stdio::null())
             .stdout(said.try_clone()?)
             .stderr(said);
@@ -99,6 +101,11 @@ impl Node {
     #[must_use]
     pub fn pid(&self) -> u32 {
         self.shim.id()
+    }
+
+    /// Whether it has ended by itself.
+    pub fn has_ended(&mut self) -> bool {
+        !matches!(self.shim.try_wait(), Ok(None))
     }
 
     /// Asks the shim something.

@@ -9,7 +9,7 @@ use std::{
 use anyhow::{Context, Result, ensure};
 use cargo_metadata::{Metadata, MetadataCommand};
 
-use crate::{deny, root, setup};
+use crate::{FAULTS, deny, root, setup};
 
 /// Which of our packages each may depend on (STYLE.md, "Crates").
 const MAY_DEPEND: &[(&str, &[&str])] = &[
@@ -38,9 +38,13 @@ pub(crate) fn run() -> Result<()> {
         "--quiet",
         "--workspace",
         "--all-targets",
+        FAULTS[0],
+        FAULTS[1],
         "--",
         "-Dwarnings",
     ]))?;
+    // What is released has no such points.
+    setup::run(setup::cargo().args(["check", "--quiet", "--workspace", "--bins"]))?;
     println!("lint: all good");
     Ok(())
 }

@@ -43,6 +43,12 @@ fn main() -> ExitCode {
     }
 }
 
+/// With these the tests let our programs fail at named points.
+const FAULTS: [&str; 2] = [
+    "--features",
+    "dunlin-shim/fault-injection,dunlin-runtime-plugin/fault-injection,dunlin-tests/fault-injection",
+];
+
 /// The top of the source tree.
 fn root() -> PathBuf {
     let mut root = PathBuf::from(env!("CARGO_MANIFEST_DIR"));

@@ -22,7 +22,7 @@ use nix::{
     unistd::Pid,
 };
 
-use crate::{root, setup};
+use crate::{FAULTS, root, setup};
 
 /// Which tests to run.
 #[derive(clap::Args)]
@@ -38,7 +38,7 @@ pub(crate) struct Args {
 pub(crate) fn run(args: &Args) -> Result<()> {
     setup::install(&[setup::BUILD, setup::DEMO, setup::TEST])?;
     // Tests run the programs that belong together, so all are built first.
-    setup::run(setup::cargo().args(["build", "--workspace", "--bins"]))?;
+    setup::run(setup::cargo().args(["build", "--workspace", "--bins"]).args(FAULTS))?;
     let mut skips = BTreeMap::new();
     let status = run_tests(args, &mut skips)?;
     let known = known_skips()?;
@@ -109,7 +109,7 @@ fn cargo_test(args: &Args) -> Command {
     cargo.args(["test", "--no-fail-fast"]);
     match &args.package {
         Some(package) => cargo.args(["--package", package]),
-        None => cargo.arg("--workspace"),
+        None => cargo.arg("--workspace").args(FAULTS),
     };
     cargo
 }

@@ -125,6 +125,11 @@ impl DestinationLink {
     /// Says that all of it stands, and waits for the source to give it up.
     pub fn ready(&mut self, sums: Sums) -> Result<Committed, LinkError> {
         self.announce(sums)?;
+        self.committed()
+    }
+
+    /// The second half of [`DestinationLink::ready`].
+    pub fn committed(&mut self) -> Result<Committed, LinkError> {
         match hear(&mut self.receiver, &mut self.phase, &mut Vec::new())? {
             Message::Commit(token) if token == self.token => Ok(Committed(())),
             Message::Commit(_) => Err(LinkError::Peer(Problem::new(

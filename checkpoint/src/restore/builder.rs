@@ -306,7 +306,8 @@ impl Builder {
             task.become_process(process, &files)?;
         }
         self.objects.seal().map_err(RestoreError::Source)?;
-        Ok(Built { tasks: self.tasks, processes: self.processes, files })
+        let Self { tasks, root, processes, .. } = self;
+        Ok(Built { tasks, root, processes, files })
     }
 }
 
@@ -346,6 +347,7 @@ fn decode<T: DeserializeOwned>(body: &[u8]) -> Result<T, RestoreError> {
 /// A complete tree. Dropping it kills it.
 pub(super) struct Built {
     tasks: Tasks,
+    root: i32,
     processes: BTreeMap<i32, Process>,
     files: Opened,
 }
@@ -385,8 +387,10 @@ impl Built {
         }
         let tasks = std::mem::take(&mut self.tasks.0);
         // Nobody may find a parent, a peer or a child that does not exist yet;
-        // all do, so the order is of no consequence.
-        for (pid, task) in tasks {
+        // all do. The root comes last: as long as it is ours, our end is the
+        // end of all of it, and after that all of it runs.
+        let (root, rest) = tasks.into_iter().partition::<Vec<_>, _>(|(pid, _)| *pid == self.root);
+        for (pid, task) in rest.into_iter().chain(root) {
             task.release().map_err(|source| RestoreError::Process {
                 what: "let it run".into(),
                 pid,

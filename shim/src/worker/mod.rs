@@ -54,6 +54,9 @@ pub(crate) struct Worker {
     ended: bool,
     /// Inode of its end of the socket.
     socket: u64,
+    /// Longest time it may say nothing.
+    patience: Duration,
+    stuck: bool,
 }
 
 impl Worker {
@@ -62,6 +65,7 @@ impl Worker {
         mut command: Command,
         stream: Option<OwnedFd>,
         log: &Path,
+        patience: Duration,
     ) -> io::Result<Self> {
         let (ours, theirs) = std::os::unix::net::UnixStream::pair()?;
         ours.set_nonblocking(true)?;
@@ -78,7 +82,8 @@ impl Worker {
         let process = child.id().and_then(|pid| Process::find(pid.try_into().ok()?));
         let (events, replies) = UnixStream::from_std(ours)?.into_split();
         let (line, ended) = (Vec::new(), false);
-        Ok(Self { child, process, events: BufReader::new(events), replies, line, ended, socket })
+        let (events, stuck) = (BufReader::new(events), false);
+        Ok(Self { child, process, events, replies, line, ended, socket, patience, stuck })
     }
 
     /// The next event, or `None` when the worker has ended. May be given up
@@ -90,6 +95,12 @@ impl Worker {
                 event = event(&mut self.events, &mut self.line) => return event,
                 // Its socket alone does not tell: what it started may hold that open.
                 _ = self.child.wait() => self.ended = true,
+                () = tokio::time::sleep(self.patience) => {
+                    self.stuck = true;
+                    self.signal(Signal::KILL);
+                    self.child.wait().await?;
+                    self.ended = true;
+                }
             }
         }
         match tokio::time::timeout(LAST, event(&mut self.events, &mut self.line)).await {
@@ -131,7 +142,12 @@ impl Worker {
 
     /// Waits for its end and says how it ended.
     pub(crate) async fn wait(&mut self) -> String {
+        if tokio::time::timeout(self.patience, self.child.wait()).await.is_err() {
+            self.stuck = true;
+            self.signal(Signal::KILL);
+        }
         match self.child.wait().await {
+            Ok(_) if self.stuck => format!("SIGKILL after {:?} without a word", self.patience),
             Ok(status) => status.to_string(),
             Err(err) => err.to_string(),
         }

@@ -10,17 +10,18 @@
 //! tracees. From just before `Commit` it is stopped by itself instead, so that
 //! not even the end of this process lets it run: it may run elsewhere by then.
 
+mod overseer;
 mod rounds;
 
 use std::{
-    io::{self, BufRead, BufReader, IoSlice, Write},
+    io::{self, IoSlice},
     os::{fd::AsFd, unix::net::UnixStream},
-    thread,
     time::{Duration, Instant},
 };
 
 use dunlin_api::{
     ErrorCode, Problem,
+    fault::point,
     rest::{
         ContainerId, Finding, Judgement, Mechanism, MigrateOptions, Phase, Report, SourceState,
         TcpPolicy, Verdict,
@@ -28,7 +29,7 @@ use dunlin_api::{
     wire::{
         Canceller, Clocks, Limits, LinkError, Needs, Offer, PeerReady, SourceLink, Sums, Unanswered,
     },
-    worker::{Event, Reply},
+    worker::Event,
 };
 use dunlin_checkpoint::{
     self as engine, DumpError, DumpReport, Frozen, Precopy, RoundReport,
@@ -40,7 +41,7 @@ use nix::{
 };
 use serde::{Deserialize, Serialize};
 
-use self::rounds::Rounds;
+use self::{overseer::Shim, rounds::Rounds};
 use super::tree;
 use crate::{host::Host, process::Process};
 
@@ -90,9 +91,7 @@ pub(crate) fn run() -> io::Result<()> {
     let mut set = SigSet::empty();
     set.add(Signal::SIGTERM);
     set.thread_block()?;
-    let mut line = String::new();
-    shim.replies.read_line(&mut line)?;
-    let job: Job = serde_json::from_str(&line)?;
+    let job: Job = shim.job()?;
     if let Err(problem) = work(&job, &mut shim) {
         tracing::warn!(%problem, "the migration failed");
         shim.tell(&Event::Failed(problem));
@@ -106,6 +105,7 @@ fn work(job: &Job, shim: &mut Shim) -> Result<(), Problem> {
         return Err(Problem::new(ErrorCode::NotRunning, job.container.as_str(), gone));
     }
     let Some(offer) = &job.offer else {
+        point("source.judging").map_err(failed)?;
         let (verdict, needs) = judge(job)?;
         shim.tell(&Event::Judged(verdict, needs));
         return Ok(());
@@ -123,7 +123,7 @@ fn work(job: &Job, shim: &mut Shim) -> Result<(), Problem> {
     let offer = Offer { clocks: clocks(job.init), ..offer.clone() };
     let report = migrate(&Container(job), &offer, stream, limits, shim)?;
     shim.tell(&Event::Report(report));
-    Ok(())
+    point("source.reported").map_err(failed)
 }
 
 /// A running tree, as far as the hand-over is concerned. The tests have
@@ -188,6 +188,7 @@ pub(crate) fn migrate<T: Tree>(
     let mut link = SourceLink::open(stream, limits).map_err(broken)?;
     shim.begin(link.canceller())?;
     shim.tell(&Event::Source(SourceState::Preparing));
+    point("source.offered").map_err(failed)?;
     link.offer(offer).map_err(broken)?;
 
     let mut rounds = Rounds::new(&offer.options);
@@ -210,6 +211,7 @@ pub(crate) fn migrate<T: Tree>(
             return Err(problem);
         }
     };
+    point("source.frozen").map_err(failed)?;
     let mut sink = Sink::new(&mut link, &mut *shim, Phase::Frozen);
     let dumped = match tree.dump(&mut frozen, &mut sink) {
         Ok(dumped) => dumped,
@@ -223,6 +225,7 @@ pub(crate) fn migrate<T: Tree>(
             return Err(problem);
         }
     };
+    point("source.dumped").map_err(failed)?;
     link.finish().map_err(broken)?;
     let sent = since.elapsed();
 
@@ -240,6 +243,7 @@ pub(crate) fn migrate<T: Tree>(
         records: bytes.records,
     });
     shim.may_commit()?;
+    point("source.may-commit").map_err(failed)?;
     let proof: PeerReady = link.ready(offer.token).map_err(broken)?;
     let ready = since.elapsed();
     let sums: Sums = proof.sums;
@@ -250,8 +254,16 @@ pub(crate) fn migrate<T: Tree>(
         tree.resume();
         return Err(problem);
     }
+    if let Err(err) = point("source.parked") {
+        let problem = failed(err);
+        link.cancel(problem.clone());
+        tree.resume();
+        return Err(problem);
+    }
     match link.commit(&proof) {
         Ok(arrived) => {
+            // From here on nothing is undone, so nothing may fail.
+            point("source.committed").ok();
             let downtime = since.elapsed();
             tree.kill();
             Ok(Report {
@@ -325,6 +337,7 @@ fn send_ahead<T: Tree>(
                 Some(failure) => broken(failure),
                 None => undumpable(err),
             })?;
+        point("source.round").map_err(failed)?;
         link.sync().map_err(broken)?;
         let took = since.elapsed();
         let why = rounds.add(&report, took);
@@ -465,61 +478,8 @@ fn clocks(init: Process) -> Clocks {
     }
 }
 
-/// The daemon, over the worker's stdout.
-struct Shim {
-    events: UnixStream,
-    replies: BufReader<UnixStream>,
-}
-
-impl Shim {
-    fn new(socket: UnixStream) -> io::Result<Self> {
-        Ok(Self { replies: BufReader::new(socket.try_clone()?), events: socket })
-    }
-}
-
-impl Overseer for Shim {
-    fn tell(&mut self, event: &Event) {
-        let line = serde_json::to_string(event).unwrap_or_default() + "\n";
-        // A daemon that is gone learns the outcome from the world when it is back.
-        if let Err(err) = self.events.write_all(line.as_bytes()) {
-            tracing::warn!(%err, "the shim does not listen");
-        }
-    }
-
-    fn may_commit(&mut self) -> Result<(), Problem> {
-        self.tell(&Event::MayCommit);
-        let mut line = String::new();
-        match self.replies.read_line(&mut line) {
-            Ok(_)
-                if serde_json::from_str::<Reply>(&line)
-                    .is_ok_and(|reply| reply == Reply::MayCommit) =>
-            {
-                Ok(())
-            }
-            _ => Err(Problem::new(
-                ErrorCode::JournalFailed,
-                "journal",
-                "the shim did not write down the commit",
-            )),
-        }
-    }
-
-    /// SIGTERM, which all threads block, cancels.
-    fn begin(&mut self, canceller: Canceller) -> Result<(), Problem> {
-        let watch = move || {
-            let mut set = SigSet::empty();
-            set.add(Signal::SIGTERM);
-            while set.wait().is_ok() {
-                if canceller.cancel() {
-                    return;
-                }
-                tracing::warn!("too late to cancel: the commit was sent");
-            }
-        };
-        thread::Builder::new().name("cancel".into()).spawn(watch).map(drop).map_err(|err| {
-            Problem::new(ErrorCode::Internal, "worker", format!("cannot start a thread: {err}"))
-        })
-    }
+fn failed(err: io::Error) -> Problem {
+    Problem::new(ErrorCode::Internal, "worker", err.to_string())
 }
 
 fn micros(duration: Duration) -> u64 {
