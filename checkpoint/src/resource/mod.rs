@@ -9,6 +9,7 @@ pub(crate) mod creds;
 pub(crate) mod files;
 pub(crate) mod fs;
 pub(crate) mod limits;
+pub(crate) mod loopback;
 pub(crate) mod memory;
 pub(crate) mod mm;
 pub(crate) mod pages;

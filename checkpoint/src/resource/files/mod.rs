@@ -56,7 +56,10 @@ use self::{
     tty::Control,
 };
 pub(crate) use self::{parts::Assembly, tcp::Connections};
-use super::shared::{Created, Objects};
+use super::{
+    loopback,
+    shared::{Created, Objects},
+};
 use crate::{DumpError, Finding, Judgement, Options, RestoreError};
 
 /// Most descriptions, fds, pipes and queued messages an image may hold.
@@ -94,6 +97,8 @@ pub(crate) struct Image {
     pub(crate) tables: Vec<Table>,
     /// Pseudo terminals, each with one or more ends among `files`.
     ptys: Vec<tty::Image>,
+    /// Whether the loopback device is up, without which sockets do not connect.
+    loopback: bool,
 }
 
 /// One open file description.
@@ -204,6 +209,7 @@ struct Source<'a> {
     queues: HashMap<usize, Vec<unix::Message>>,
     /// For each description the standard stream that replaces it.
     stdio: Vec<Option<u8>>,
+    loopback: bool,
 }
 
 /// What reading collects besides the descriptions themselves.
@@ -233,7 +239,9 @@ impl<'a> Source<'a> {
         } else {
             HashMap::new()
         };
-        let mut source = Self { ctx, frozen, root, tables, sockets, queues, stdio: Vec::new() };
+        let loopback = loopback::dump(ctx.init).map_err(process("look at the loopback device"))?;
+        let stdio = Vec::new();
+        let mut source = Self { ctx, frozen, root, tables, sockets, queues, stdio, loopback };
         source.stdio = stdio::assign(&source);
         Ok(source)
     }
@@ -260,7 +268,8 @@ impl<'a> Source<'a> {
         }
         let Collector { objects: _, connections, ptys, pipes, pipe_ids: _, losses: _ } = out;
         let tables = self.tables.image(|pid| tty::control(pid, self));
-        (Image { files, pipes, tables, ptys }, connections, findings)
+        let loopback = self.loopback;
+        (Image { files, pipes, tables, ptys, loopback }, connections, findings)
     }
 
     fn file(&self, id: usize, held: &Held, out: &mut Collector<'_>) -> Result<File, Refusal> {
@@ -377,8 +386,11 @@ pub(crate) struct EpollItem {
 
 /// Makes every description of an image and fills pipes and queues.
 pub(crate) fn open(image: &Image, target: &Target<'_>) -> Result<Opened, RestoreError> {
-    let Image { files, pipes, tables, ptys } = image;
+    let Image { files, pipes, tables, ptys, loopback } = image;
     check(image)?;
+    if *loopback {
+        loopback::restore(target.netns).map_err(RestoreError::Source)?;
+    }
     table::lift_limit().map_err(RestoreError::Source)?;
     let failed = |id: usize| move |failure: Failure| failure.at(image, id);
 
@@ -451,7 +463,7 @@ pub(crate) fn open(image: &Image, target: &Target<'_>) -> Result<Opened, Restore
 
 /// Whether every index of an image points into it.
 fn check(image: &Image) -> Result<(), RestoreError> {
-    let Image { files, pipes, tables, ptys } = image;
+    let Image { files, pipes, tables, ptys, loopback: _ } = image;
     let damaged = |what: &str| Err(RestoreError::Image(format!("files: {what}")));
     if files.len().max(pipes.len()).max(tables.len()).max(ptys.len()) > MAX_ITEMS {
         return damaged("too many");
@@ -561,7 +573,7 @@ fn set_flags(fd: &OwnedFd, flags: u32) -> Result<(), Failure> {
 }
 
 /// Runs `f` on a thread of its own inside a network namespace.
-fn in_netns<T: Send>(
+pub(crate) fn in_netns<T: Send>(
     netns: BorrowedFd<'_>,
     f: impl FnOnce() -> std::io::Result<T> + Send,
 ) -> std::io::Result<T> {
