@@ -10,7 +10,7 @@ use nix::unistd::Pid;
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    DumpError, Options, Verdict,
+    DumpError, Hold, Options, TcpPolicy, Verdict,
     freeze::{self, FrozenTree, Process},
     host,
     image::{self, Head, ImageSink, Kind},
@@ -56,9 +56,7 @@ pub fn inspect(root: Pid, options: &Options) -> Result<Verdict, DumpError> {
 /// Refuses what cannot move, then stops every thread of the tree.
 pub fn freeze(root: Pid, options: &Options) -> Result<Frozen, DumpError> {
     require(root, options)?;
-    let started = Instant::now();
-    let tree = freeze::freeze(root)?;
-    Ok(Frozen::new(tree, options.clone(), started, Baseline::default()))
+    Frozen::new(root, options.clone(), Baseline::default())
 }
 
 fn micros(since: Instant) -> u64 {
@@ -75,18 +73,18 @@ pub struct Frozen {
     baseline: Baseline,
     /// Connections that are to end in silence.
     connections: Connections,
+    /// After the tree, so that it runs again before this is waited for.
+    hold: Option<Hold>,
 }
 
 impl Frozen {
-    /// A tree whose stop was asked for at `started`.
-    pub(crate) fn new(
-        tree: FrozenTree,
-        options: Options,
-        started: Instant,
-        baseline: Baseline,
-    ) -> Self {
-        let connections = Connections::default();
-        Self { tree, options, freeze_us: micros(started), baseline, connections }
+    /// Stops the tree below `root`.
+    pub(crate) fn new(root: Pid, options: Options, baseline: Baseline) -> Result<Self, DumpError> {
+        let hold = Hold::of(root).map_err(failed("enter the network", root))?;
+        let started = Instant::now();
+        let tree = freeze::freeze(root)?;
+        let (freeze_us, connections) = (micros(started), Connections::default());
+        Ok(Self { tree, options, freeze_us, baseline, connections, hold })
     }
 
     /// Writes the whole image.
@@ -124,6 +122,7 @@ impl Frozen {
         self.baseline.forget_former(&head.nodes);
         self.baseline.begin();
         let mut objects = Objects::default();
+        self.hold_packets()?;
         let (files, connections) = self.files(&mut objects)?;
         self.connections = connections;
         report.bytes += image::put(sink, Kind::Head, &head).map_err(DumpError::Sink)?;
@@ -154,6 +153,21 @@ impl Frozen {
         sink.put(Kind::End as u16, &[]).map_err(DumpError::Sink)?;
         report.dump_us = micros(started);
         Ok(report)
+    }
+
+    /// As late as possible: what a peer has sent is still received, and one that
+    /// waits for an answer of the stopped tree sends no more. What is dropped
+    /// costs it a retransmission timeout.
+    fn hold_packets(&mut self) -> Result<(), DumpError> {
+        let Some(hold) = &mut self.hold else { return Ok(()) };
+        match hold.depart() {
+            Err(err) if self.options.tcp != TcpPolicy::Keep => {
+                tracing::warn!(%err, "packets are not held back");
+                self.hold = None;
+                Ok(())
+            }
+            held => held.map_err(failed("hold back the packets", self.tree.processes[0].pid)),
+        }
     }
 
     fn head(
@@ -205,17 +219,49 @@ impl Frozen {
     }
 
     /// Ends every process of the tree without one more instruction of theirs.
+    ///
+    /// A network namespace that outlives it stays mute if connections are kept,
+    /// until another container comes: they go on elsewhere under its address.
     pub fn kill(mut self) -> Result<(), DumpError> {
         let root = self.tree.processes[0].pid;
         self.connections.silence().map_err(failed("silence the connections", root))?;
-        self.tree.kill()
+        let keeps = self.options.tcp == TcpPolicy::Keep;
+        if !keeps && let Some(hold) = &mut self.hold {
+            // Whoever is connected hears the end.
+            hold.lift().map_err(failed("let packets pass", root))?;
+        }
+        self.tree.kill()?;
+        // Not before: a tree that lives must not be left mute if we are killed.
+        match &mut self.hold {
+            Some(hold) if keeps => hold.keep().map_err(failed("hold back the packets", root)),
+            _ => Ok(()),
+        }
     }
 
-    /// Detaches but leaves every process stopped (SIGSTOP): the caller does
-    /// not know whether the destination runs it, so nobody may run it here.
-    pub fn park(mut self) -> Result<(), DumpError> {
-        self.tree.park()
+    /// Detaches but leaves every process stopped (SIGSTOP) and mute: the caller
+    /// does not know whether the destination runs it, so nobody may run it here.
+    ///
+    /// [`Hold::release`] before it goes on. What is returned is best dropped
+    /// when there is time.
+    pub fn park(mut self) -> Result<Parked, DumpError> {
+        let root = self.tree.processes[0].pid;
+        if let Some(hold) = &mut self.hold {
+            hold.keep().map_err(failed("hold back the packets", root))?;
+        }
+        if let Err(err) = self.tree.park() {
+            if let Some(hold) = &mut self.hold {
+                hold.lift().map_err(failed("let packets pass", root))?;
+            }
+            return Err(err);
+        }
+        Ok(Parked { _hold: self.hold })
     }
+}
+
+/// A tree that was let go but is stopped. Dropping this changes nothing.
+#[derive(Debug)]
+pub struct Parked {
+    _hold: Option<Hold>,
 }
 
 /// The head of an image of the tree below `root`.

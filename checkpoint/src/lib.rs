@@ -11,6 +11,7 @@ pub mod verdict;
 
 mod dump;
 mod freeze;
+mod hold;
 mod host;
 mod inspect;
 mod intervals;
@@ -23,9 +24,11 @@ mod stub;
 mod sys;
 mod transfer;
 
-pub use dump::{DumpReport, Frozen, freeze, inspect};
+pub use dump::{DumpReport, Frozen, Parked, freeze, inspect};
 pub use error::{DumpError, RestoreError};
+pub use hold::Hold;
 pub use options::{Options, TcpPolicy};
 pub use precopy::{Precopy, RoundReport};
+pub use resource::files::silence;
 pub use restore::{Nascent, RestoreReport, Sandbox, restore};
 pub use verdict::{Finding, Judgement, Verdict};

@@ -124,9 +124,7 @@ impl Precopy {
 
     /// Stops the tree; the dump then sends what is left.
     pub fn freeze(self) -> Result<Frozen, DumpError> {
-        let started = Instant::now();
-        let tree = freeze::freeze(self.root)?;
-        Ok(Frozen::new(tree, self.options, started, self.sent))
+        Frozen::new(self.root, self.options, self.sent)
     }
 
     /// The processes as they are now. Zombies wait for the freeze.

@@ -28,7 +28,7 @@ use nix::sys::prctl;
 use nix::sys::signal::{Signal, kill};
 use nix::sys::wait::waitpid;
 use nix::unistd::{Pid, geteuid, gettid};
-use oci_spec::runtime::Spec;
+use oci_spec::runtime::{LinuxNamespaceType, Spec};
 
 use crate::container::{Record, Root, start_time};
 use crate::network::{self, Muted, Network};
@@ -152,11 +152,17 @@ impl Creation<'_> {
         let init_start = start_time(init).context("init of the container has ended")?;
         remains.veth = network.is_some().then(|| network::veth_name(&dir));
         Record { init_start, veth: remains.veth.clone() }.save(&container)?;
-        let muted = match (network, &remains.veth) {
-            (Some(network), Some(veth)) => network::attach(network, veth, init, self.muted)
-                .context("cannot attach the container to its network")?,
-            _ => None,
-        };
+        let mut muted = if self.muted { network::mute(init)? } else { None };
+        if !self.muted && joins_network(&args.spec) {
+            network::release(init)?;
+        }
+        if let (Some(network), Some(veth)) = (network, &remains.veth) {
+            network::attach(&network, veth, init)
+                .context("cannot attach the container to its network")?;
+        }
+        if let Some(muted) = &mut muted {
+            muted.prepare().context("cannot prepare the announcement of its addresses")?;
+        }
         remains.keep();
         Ok(Created { container, muted })
     }
@@ -235,6 +241,13 @@ fn refuse_taken_cgroup(config: &CgroupConfig) -> Result<()> {
         bail!("cgroup {} already holds pid {pid}", config.cgroup_path.display());
     }
     Ok(())
+}
+
+fn joins_network(spec: &Spec) -> bool {
+    let namespaces = spec.linux().as_ref().and_then(|linux| linux.namespaces().as_ref());
+    namespaces.into_iter().flatten().any(|namespace| {
+        namespace.typ() == LinuxNamespaceType::Network && namespace.path().is_some()
+    })
 }
 
 /// Sets on ourselves what init inherits over the fork.

@@ -15,9 +15,11 @@ use clap::{Args, ValueEnum};
 use dunlin_api::client::{Client, Endpoint};
 use dunlin_api::rest::{ContainerId, HookState, Status};
 use dunlin_api::{ErrorCode, Problem};
+use nix::unistd::Pid;
 use serde::{Deserialize, Serialize};
 
 use crate::log::say;
+use crate::network;
 
 /// Longest state read from stdin.
 const MAX_STATE: u64 = 1 << 20;
@@ -87,6 +89,11 @@ fn tell(args: &Hook) -> Result<()> {
     let mut text = Vec::new();
     io::stdin().take(MAX_STATE).read_to_end(&mut text).context("cannot read the state")?;
     let state: State = serde_json::from_slice(&text).context("stdin is no OCI state")?;
+    if let (Stage::CreateRuntime, Some(pid)) = (args.stage, state.pid)
+        && let Err(err) = network::release(Pid::from_raw(pid))
+    {
+        tracing::warn!("{err:#}");
+    }
     let call = call(args, state)?;
     let Err(problem) = send(&args.shim, &call) else { return Ok(()) };
     if problem.code != ErrorCode::PeerUnreachable && problem.code != ErrorCode::PeerSilent {

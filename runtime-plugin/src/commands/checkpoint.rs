@@ -20,7 +20,6 @@ use crate::container::Root;
 use crate::described;
 use crate::log::Afterwards;
 use crate::manifest::Manifest;
-use crate::network::Port;
 use crate::worklog::WorkLog;
 
 /// Writes the state of a running container to a directory
@@ -161,11 +160,6 @@ fn dump(container: &Container, args: &Checkpoint) -> Result<DumpReport> {
     if args.pre_dump {
         return rehearse(init, &mut manifest, &args.image_path);
     }
-    // A tree that ends says so to its peers, who are to talk to its successor.
-    let blocked = match Port::of(container)? {
-        Some(port) if options.tcp == TcpPolicy::Keep => Some(port.block()?),
-        _ => None,
-    };
     let mut frozen = freeze(init, &options)?;
     manifest.clocks = Some(Clocks::of(init)?);
     let cannot_write = || format!("cannot write to {}", args.image_path.display());
@@ -183,9 +177,6 @@ fn dump(container: &Container, args: &Checkpoint) -> Result<DumpReport> {
         frozen.thaw()?;
     } else {
         frozen.kill()?;
-        if let Some(blocked) = blocked {
-            blocked.keep();
-        }
     }
     Ok(report)
 }

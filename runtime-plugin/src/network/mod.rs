@@ -1,11 +1,11 @@
-//! A container's own interface on a bridge of this host.
+//! A container's network: an interface on a bridge of this host where it asks
+//! for one, and its announcement where it takes over the address of a container
+//! that ran elsewhere.
 //!
-//! Asked for by annotations `dunlin.network.*` of a container that has a
-//! network namespace of its own. A restored container takes the address of one
-//! that still runs elsewhere, so its end of the wire stays mute until it is
-//! thawed: the bridge port is disabled, which costs microseconds to undo and
-//! tells nobody. Taking a link down instead would cost a second of outage when
-//! it comes up again.
+//! The interface is asked for by annotations `dunlin.network.*` of a container
+//! that has a network namespace of its own. One that somebody else made is
+//! taken as it is. Either way a restored container is mute until it is thawed
+//! ([`Hold`]), since its address is still in use.
 
 mod config;
 mod netlink;
@@ -18,68 +18,47 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
-use libcontainer::container::Container;
-use nix::net::if_::if_nametoindex;
+use dunlin_checkpoint::Hold;
+use nix::net::if_::{if_nameindex, if_nametoindex};
 use nix::sched::{CloneFlags, setns};
 use nix::unistd::Pid;
 
 pub(crate) use config::{Network, veth_name};
 use netlink::Netlink;
 
-use crate::container::Record;
-
 /// How long a new pair of interfaces may take to come up.
 const UP: Duration = Duration::from_secs(5);
 
-/// A container's end of the wire that can be heard only once it is told to.
+/// A container that is neither heard nor hears anything until it is told to.
 #[derive(Debug)]
 pub(crate) struct Muted {
-    port: Port,
+    hold: Hold,
     inside: Netlink,
-    index: u32,
     init: Pid,
-    network: Network,
+    /// Interfaces whose addresses are announced, and their MACs.
+    interfaces: Vec<(u32, Vec<u8>)>,
+    /// What the container should not see changed.
+    knobs: Vec<(&'static str, String)>,
 }
 
-/// The bridge port of a container.
-#[derive(Debug)]
-pub(crate) struct Port {
-    outside: Netlink,
-    index: u32,
-}
-
-/// A bridge port that lets nothing pass: dropping this opens it again.
-#[derive(Debug)]
-#[must_use = "dropping it opens the port"]
-pub(crate) struct Blocked {
-    port: Port,
-}
+/// While set, the kernel announces an interface's addresses, by gratuitous ARP
+/// and unsolicited neighbour advertisement, when its MAC is set, even to what
+/// it was.
+const NOTIFY: [&str; 2] = ["ipv4/conf/all/arp_notify", "ipv6/conf/all/ndisc_notify"];
 
 /// Gives a container its interface and joins it to the bridge.
-///
-/// A muted one is cut off until [`Muted::unmute`].
-pub(crate) fn attach(
-    network: Network,
-    veth: &str,
-    init: Pid,
-    muted: bool,
-) -> Result<Option<Muted>> {
+pub(crate) fn attach(network: &Network, veth: &str, init: Pid) -> Result<()> {
     let mut outside = Netlink::open()?;
     let mut inside = in_namespace(init, Netlink::open)?;
     let bridge = index(&network.bridge)?;
-    // The port is open for a moment before it is closed. Nothing may be heard
-    // from the container then, or the bridges would lead its traffic here
-    // while it runs elsewhere: it has no address yet, and no IPv6 to ask for one.
-    let ipv6 = format!("ipv6/conf/{}/disable_ipv6", network.interface);
-    let inner = plug(&network, veth, init, &mut outside)?;
-    let had_ipv6 = if muted { in_namespace(init, || swap_knob(&ipv6, "1"))? } else { None };
+    let inner = plug(network, veth, init, &mut outside)?;
     let loopback = in_namespace(init, || index("lo"))?;
     inside.set_up(loopback)?;
     let outer = index(veth)?;
     outside.set_up(outer)?;
     inside.set_up(inner)?;
-    // The kernel opens a port whenever its link comes up, which it learns some
-    // time after the fact. So the link joins the bridge when that is over.
+    // A bridge opens a port when it has learnt that its link is up, which is
+    // some time after the fact: what is said before is lost.
     let start = Instant::now();
     while !outside.is_up(outer)? {
         if UP < start.elapsed() {
@@ -88,25 +67,13 @@ pub(crate) fn attach(
         thread::sleep(Duration::from_millis(1));
     }
     outside.set_master(outer, bridge)?;
-    if muted {
-        outside.set_port(outer, false)?;
-        if let Some(value) = had_ipv6 {
-            in_namespace(init, || write_knob(&ipv6, &value))?;
-        }
-    }
     for (address, prefix) in &network.addresses {
         inside.add_address(inner, *address, *prefix)?;
     }
     for gateway in &network.gateways {
         inside.add_default_route(inner, *gateway)?;
     }
-    if !muted {
-        return Ok(None);
-    }
-    let port = Port { outside, index: outer };
-    let muted = Muted { port, inside, index: inner, init, network };
-    muted.set_notify("1")?;
-    Ok(Some(muted))
+    Ok(())
 }
 
 /// Removes the host's end, and with it the container's; it may be gone already.
@@ -118,58 +85,57 @@ pub(crate) fn detach(veth: &str) -> Result<()> {
     }
 }
 
+/// Cuts off a new container, before it has an address; `None` when it has the
+/// network of this host.
+pub(crate) fn mute(init: Pid) -> Result<Option<Muted>> {
+    let Some(mut hold) = Hold::of(init).context("cannot enter its network")? else {
+        return Ok(None);
+    };
+    hold.arrive().context("cannot hold back its packets")?;
+    let inside = in_namespace(init, Netlink::open)?;
+    Ok(Some(Muted { hold, inside, init, interfaces: Vec::new(), knobs: Vec::new() }))
+}
+
+/// Lets a new container speak that joins a namespace in which another one was
+/// held before.
+pub(crate) fn release(init: Pid) -> Result<()> {
+    Hold::release(init).context("cannot let its packets pass")
+}
+
 impl Muted {
+    /// Prepares the announcement of all that the container has.
+    pub(crate) fn prepare(&mut self) -> Result<()> {
+        let indices = in_namespace(self.init, || {
+            Ok(if_nameindex()?.iter().map(nix::net::if_::Interface::index).collect::<Vec<_>>())
+        })?;
+        for index in indices {
+            if let Some(mac) = self.inside.announceable(index)? {
+                self.interfaces.push((index, mac));
+            }
+        }
+        self.knobs = in_namespace(self.init, || {
+            let swap = |knob| Ok(swap_knob(knob, "1")?.map(|before| (knob, before)));
+            NOTIFY.into_iter().filter_map(|knob| swap(knob).transpose()).collect()
+        })?;
+        Ok(())
+    }
+
     /// Lets the container be heard and tells its neighbours where it is now.
     pub(crate) fn unmute(&mut self) -> Result<()> {
-        self.port.outside.set_port(self.port.index, true)?;
-        self.inside.set_mac(self.index, self.network.mac)
+        self.hold.lift().context("cannot let its packets pass")?;
+        for (index, mac) in &self.interfaces {
+            if let Err(err) = self.inside.set_mac(*index, mac) {
+                tracing::warn!("an address is not announced: {err:#}");
+            }
+        }
+        Ok(())
     }
 
     /// Takes back what [`Muted::unmute`] needed and the container should not see.
     pub(crate) fn settle(self) -> Result<()> {
-        self.set_notify("0")
-    }
-
-    /// While set, the kernel announces an interface's addresses, by gratuitous
-    /// ARP and unsolicited neighbour advertisement, when its MAC is set, even
-    /// to what it was.
-    fn set_notify(&self, value: &str) -> Result<()> {
-        let name = &self.network.interface;
         in_namespace(self.init, || {
-            write_knob(&format!("ipv4/conf/{name}/arp_notify"), value)?;
-            write_knob(&format!("ipv6/conf/{name}/ndisc_notify"), value)
+            self.knobs.iter().try_for_each(|(knob, before)| write_knob(knob, before))
         })
-    }
-}
-
-impl Port {
-    /// The port of a container that we attached, if we did.
-    pub(crate) fn of(container: &Container) -> Result<Option<Self>> {
-        let Some(veth) = Record::load(container)?.and_then(|record| record.veth) else {
-            return Ok(None);
-        };
-        Ok(Some(Self { outside: Netlink::open()?, index: index(&veth)? }))
-    }
-
-    /// Stops everything that comes and goes.
-    pub(crate) fn block(mut self) -> Result<Blocked> {
-        self.outside.set_port(self.index, false)?;
-        Ok(Blocked { port: self })
-    }
-}
-
-impl Blocked {
-    /// Leaves it blocked for good: what is behind it must not be heard again.
-    pub(crate) fn keep(self) {
-        std::mem::forget(self);
-    }
-}
-
-impl Drop for Blocked {
-    fn drop(&mut self) {
-        if let Err(err) = self.port.outside.set_port(self.port.index, true) {
-            tracing::error!("a container stays without network: {err:#}");
-        }
     }
 }
 

@@ -8,8 +8,7 @@ use netlink_packet_core::{
 };
 use netlink_packet_route::address::{AddressAttribute, AddressHeaderFlags, AddressMessage};
 use netlink_packet_route::link::{
-    BridgePortState, InfoBridgePort, InfoData, InfoKind, InfoPortData, InfoPortKind, InfoVeth,
-    LinkAttribute, LinkFlags, LinkInfo, LinkMessage, State,
+    InfoData, InfoKind, InfoVeth, LinkAttribute, LinkFlags, LinkInfo, LinkMessage, State,
 };
 use netlink_packet_route::route::{
     RouteAddress, RouteAttribute, RouteMessage, RouteProtocol, RouteScope, RouteType,
@@ -80,33 +79,38 @@ impl Netlink {
     }
 
     /// Sets the MAC of an interface.
-    pub(super) fn set_mac(&mut self, index: u32, mac: [u8; 6]) -> Result<()> {
+    pub(super) fn set_mac(&mut self, index: u32, mac: &[u8]) -> Result<()> {
         self.set_link(index, LinkAttribute::Address(mac.to_vec()))
             .with_context(|| format!("cannot set the MAC of interface {index}"))
     }
 
-    /// Opens or closes a bridge port.
-    pub(super) fn set_port(&mut self, index: u32, open: bool) -> Result<()> {
-        let state = if open { BridgePortState::Forwarding } else { BridgePortState::Disabled };
-        let mut link = LinkMessage::default();
-        link.header.index = index;
-        link.attributes = vec![LinkAttribute::LinkInfo(vec![
-            LinkInfo::PortKind(InfoPortKind::Bridge),
-            LinkInfo::PortData(InfoPortData::BridgePort(vec![InfoBridgePort::State(state)])),
-        ])];
-        self.request(RouteNetlinkMessage::NewLink(link), 0)
-            .with_context(|| format!("cannot make bridge port {index} {state:?}"))
-    }
-
     /// Whether an interface is up and the kernel has told everybody.
     pub(super) fn is_up(&mut self, index: u32) -> Result<bool> {
+        let link = self.look(index)?;
+        Ok(link.attributes.contains(&LinkAttribute::OperState(State::Up)))
+    }
+
+    /// The MAC of an interface that is up and has neighbours.
+    pub(super) fn announceable(&mut self, index: u32) -> Result<Option<Vec<u8>>> {
+        let link = self.look(index)?;
+        let flags = link.header.flags;
+        if !flags.contains(LinkFlags::Up)
+            || flags.intersects(LinkFlags::Noarp | LinkFlags::Loopback)
+        {
+            return Ok(None);
+        }
+        Ok(link.attributes.into_iter().find_map(|attribute| match attribute {
+            LinkAttribute::Address(mac) => Some(mac),
+            _ => None,
+        }))
+    }
+
+    fn look(&mut self, index: u32) -> Result<LinkMessage> {
         let mut link = LinkMessage::default();
         link.header.index = index;
         let reply = self.exchange(RouteNetlinkMessage::GetLink(link), 0);
         match reply.with_context(|| format!("cannot look at interface {index}"))? {
-            Some(RouteNetlinkMessage::NewLink(link)) => {
-                Ok(link.attributes.contains(&LinkAttribute::OperState(State::Up)))
-            }
+            Some(RouteNetlinkMessage::NewLink(link)) => Ok(link),
             _ => bail!("no answer about interface {index}"),
         }
     }

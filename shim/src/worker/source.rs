@@ -32,7 +32,7 @@ use dunlin_api::{
     worker::Event,
 };
 use dunlin_checkpoint::{
-    self as engine, DumpError, DumpReport, Frozen, Precopy, RoundReport,
+    self as engine, DumpError, DumpReport, Frozen, Parked, Precopy, RoundReport,
     image::{self, ImageSink},
 };
 use nix::{
@@ -133,6 +133,8 @@ pub(crate) trait Tree {
     type Ahead;
     /// The same tree, stopped.
     type Frozen;
+    /// The same tree, left stopped.
+    type Parked;
 
     /// Refuses what cannot move; says how memory can be sent ahead, and if it
     /// cannot, why.
@@ -154,7 +156,7 @@ pub(crate) trait Tree {
     /// Takes out of it what the dump needed there.
     fn withdraw(&self, frozen: &mut Self::Frozen) -> Result<(), DumpError>;
     /// Leaves it stopped, whatever becomes of this process.
-    fn park(&self, frozen: Self::Frozen) -> Result<(), DumpError>;
+    fn park(&self, frozen: Self::Frozen) -> Result<Self::Parked, DumpError>;
     /// Lets it run after it was parked.
     fn resume(&self);
     /// Ends it.
@@ -248,12 +250,15 @@ pub(crate) fn migrate<T: Tree>(
     let ready = since.elapsed();
     let sums: Sums = proof.sums;
 
-    if let Err(err) = tree.park(frozen) {
-        let problem = undumpable(err);
-        link.cancel(problem.clone());
-        tree.resume();
-        return Err(problem);
-    }
+    let _parked = match tree.park(frozen) {
+        Ok(parked) => parked,
+        Err(err) => {
+            let problem = undumpable(err);
+            link.cancel(problem.clone());
+            tree.resume();
+            return Err(problem);
+        }
+    };
     if let Err(err) = point("source.parked") {
         let problem = failed(err);
         link.cancel(problem.clone());
@@ -389,6 +394,7 @@ struct Container<'a>(&'a Job);
 impl Tree for Container<'_> {
     type Ahead = Precopy;
     type Frozen = Frozen;
+    type Parked = Parked;
 
     fn prepare(&self) -> Result<Result<Precopy, String>, DumpError> {
         Precopy::start(Pid::from_raw(self.0.init.pid), &self.0.engine_options())
@@ -417,7 +423,7 @@ impl Tree for Container<'_> {
         frozen.withdraw()
     }
 
-    fn park(&self, frozen: Frozen) -> Result<(), DumpError> {
+    fn park(&self, frozen: Frozen) -> Result<Parked, DumpError> {
         frozen.park()
     }
 

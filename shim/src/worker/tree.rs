@@ -2,6 +2,7 @@
 
 use std::fs;
 
+use nix::unistd::Pid;
 use rustix::process::Signal;
 
 use crate::process::Process;
@@ -10,11 +11,20 @@ use crate::process::Process;
 ///
 /// From the leaves up, so that no parent sees a child stopped that runs again.
 pub(crate) fn resume(init: Process) {
+    if let Err(err) = dunlin_checkpoint::Hold::release(Pid::from_raw(init.pid)) {
+        tracing::error!(pid = init.pid, %err, "a container stays without network");
+    }
     signal(init, Signal::CONT);
 }
 
-/// Ends every process below `init` and itself, stopped or not.
+/// Ends every process below `init` and itself, stopped or not, without a word
+/// to whoever they are connected to.
 pub(crate) fn kill(init: Process) {
+    for process in members(init) {
+        if let Err(err) = dunlin_checkpoint::silence(Pid::from_raw(process.pid)) {
+            tracing::warn!(pid = process.pid, %err, "its connections may be reset");
+        }
+    }
     signal(init, Signal::KILL);
 }
 

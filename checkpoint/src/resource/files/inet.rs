@@ -151,6 +151,10 @@ fn tcp_state(held: &Held, source: &Source<'_>, out: &mut Collector<'_>) -> Resul
                 "is an established TCP connection",
                 "keep connections (--tcp-established) or close them (--tcp-close)",
             )),
+            TcpPolicy::Keep if source.sockets.of_host => Err(Refusal::new(
+                "is a TCP connection in the host's network namespace, whose address stays",
+                "close connections, or give the container a network namespace of its own",
+            )),
             TcpPolicy::Keep if !source.frozen => Ok(State::Closed),
             TcpPolicy::Keep => {
                 let peer = getpeername(socket).doing("read its peer")?;

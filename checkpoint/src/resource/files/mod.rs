@@ -48,6 +48,7 @@ use rustix::fs::{FileType, OFlags};
 use serde::{Deserialize, Serialize};
 use tracing::warn;
 
+pub use self::tcp::silence;
 use self::{
     error::{Doing, Failure, Making, Refusal},
     locks::PosixLock,

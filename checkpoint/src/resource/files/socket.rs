@@ -19,7 +19,7 @@ use super::{
     table::Held,
     unix,
 };
-use crate::sys::sockopt;
+use crate::{hold, sys::sockopt};
 
 const SO_NETNS_COOKIE: i32 = 71;
 const SO_MEMINFO: i32 = 55;
@@ -28,6 +28,8 @@ const SO_MEMINFO: i32 = 55;
 #[derive(Default)]
 pub(super) struct Source {
     netns_cookie: u64,
+    /// Whether it is that of the host, whose address stays.
+    pub(super) of_host: bool,
     pub(super) unix: HashMap<u32, UnixSocket>,
     /// Names of the network devices by index.
     pub(super) devices: HashMap<u32, String>,
@@ -41,6 +43,7 @@ impl Source {
             return Ok(Self::default());
         }
         let netns = StdFile::open(format!("/proc/{init}/ns/net"))?;
+        let of_host = hold::is_own(init)?;
         in_netns(netns.as_fd(), || {
             let probe =
                 socket_with(AddressFamily::UNIX, SocketType::DGRAM, SocketFlags::CLOEXEC, None)?;
@@ -50,6 +53,7 @@ impl Source {
                 .collect();
             Ok(Self {
                 netns_cookie: netns_cookie(probe.as_fd())?,
+                of_host,
                 unix: sockdiag::unix_sockets()?,
                 groups: multicast::groups(init)?,
                 devices,

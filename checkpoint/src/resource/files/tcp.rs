@@ -9,12 +9,19 @@
 //! Not carried: the mark of urgent data, which arrives as ordinary data.
 
 use std::{
-    io,
+    fs, io,
     net::SocketAddr,
-    os::fd::{AsFd, BorrowedFd, OwnedFd},
+    os::{
+        fd::{AsFd, BorrowedFd, OwnedFd},
+        unix::ffi::OsStrExt,
+    },
 };
 
-use rustix::net::{RecvFlags, SendFlags, Shutdown, recv, send};
+use nix::unistd::Pid;
+use rustix::{
+    net::{RecvFlags, SendFlags, Shutdown, recv, send},
+    process::{PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open},
+};
 use serde::{Deserialize, Serialize};
 
 use super::{Doing, Failure, Making, Refusal, fin};
@@ -91,6 +98,23 @@ impl Connections {
     pub(crate) fn silence(&self) -> io::Result<()> {
         self.0.iter().try_for_each(|fd| set(fd.as_fd(), TCP_REPAIR, ON))
     }
+}
+
+/// Lets every connection of a process end without a word to its peer.
+pub fn silence(pid: Pid) -> io::Result<()> {
+    let none = PidfdFlags::empty();
+    let raw = rustix::process::Pid::from_raw(pid.as_raw()).ok_or(io::ErrorKind::InvalidInput)?;
+    let pidfd = pidfd_open(raw, none)?;
+    for entry in fs::read_dir(format!("/proc/{pid}/fd"))?.flatten() {
+        let is_socket = fs::read_link(entry.path())
+            .is_ok_and(|target| target.as_os_str().as_bytes().starts_with(b"socket:"));
+        let number = entry.file_name().to_str().and_then(|name| name.parse().ok());
+        let (true, Some(number)) = (is_socket, number) else { continue };
+        let Ok(fd) = pidfd_getfd(&pidfd, number, PidfdGetfdFlags::empty()) else { continue };
+        // What is no connection refuses, and has nothing to say.
+        set(fd.as_fd(), TCP_REPAIR, ON).ok();
+    }
+    Ok(())
 }
 
 fn set(fd: BorrowedFd<'_>, name: i32, value: i32) -> io::Result<()> {

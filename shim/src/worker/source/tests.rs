@@ -47,6 +47,7 @@ impl Drop for FakeFrozen<'_> {
 impl<'a> Tree for &'a Fake {
     type Ahead = ();
     type Frozen = FakeFrozen<'a>;
+    type Parked = ();
 
     fn prepare(&self) -> Result<Result<(), String>, DumpError> {
         Ok(Ok(()))
