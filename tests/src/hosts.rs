@@ -82,7 +82,7 @@ echo gone
 #[derive(Debug)]
 pub struct Hosts {
     hosts: Vec<Host>,
-    _switch: Host,
+    switch: Host,
     _folder: TempDir,
 }
 
@@ -98,7 +98,13 @@ impl Hosts {
             host.plug_into(&switch, last)?;
             hosts.push(host);
         }
-        Ok(Self { hosts, _switch: switch, _folder: folder })
+        Ok(Self { hosts, switch, _folder: folder })
+    }
+
+    /// What joins them. Port `portN` leads to the Nth host.
+    #[must_use]
+    pub fn switch(&self) -> &Host {
+        &self.switch
     }
 
     /// All hosts, in the order of their making.

@@ -5,9 +5,11 @@
 //! the program whether its world is whole.
 
 pub mod bundle;
+pub mod capture;
 mod check;
 mod child;
 mod clone;
+pub mod echo;
 mod facts;
 pub mod hosts;
 pub mod image;

@@ -13,7 +13,7 @@ use crate::{
     bundle::{self, Bundle},
     hosts::{Host, Hosts},
     node::{Node, run_container},
-    writer::{self, Book, IMPATIENT, Writer},
+    writer::{self, Book, PATIENT, Writer},
 };
 
 /// The container's id.
@@ -23,7 +23,7 @@ pub const ID: &str = "redis";
 pub const ADDRESS: Ipv4Addr = Ipv4Addr::new(10, 71, 0, 100);
 
 /// How long anything that should happen at once may take.
-pub const PATIENCE: Duration = Duration::from_secs(30);
+pub const PATIENCE: Duration = Duration::from_secs(60);
 
 const NAMES: [&str; 2] = ["a", "b"];
 
@@ -91,7 +91,7 @@ impl Stage {
 
     /// Starts to write to it.
     pub fn start_writer(&self) -> Result<Writer> {
-        let writer = Writer::start(self.client(), ADDRESS, IMPATIENT)?;
+        let writer = Writer::start(self.client(), ADDRESS, PATIENT)?;
         writer.next_acknowledgement(Instant::now(), PATIENCE)?;
         Ok(writer)
     }
@@ -106,7 +106,7 @@ impl Stage {
         let (here, there) = (number % 2, (number + 1) % 2);
         let (from, to) = (NAMES[here], NAMES[there]);
         let mut request = MigrateRequest::to(self.nodes[there].url());
-        request.tcp = TcpPolicy::Close;
+        request.tcp = TcpPolicy::Keep;
         let start = Instant::now();
         let migration = self.nodes[here]
             .migrate(ID, &request, watch)

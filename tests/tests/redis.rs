@@ -14,4 +14,5 @@ fn no_acknowledged_write_is_lost_in_twenty_moves() {
     let book = writer.stop().unwrap();
     assert_eq!(stage.losses(&book, MIB).unwrap(), (0, 0), "lost writes, damaged values");
     assert!(20 < book.acknowledged());
+    assert_eq!(book.unanswered(), 0, "the connection broke");
 }
