@@ -3,7 +3,8 @@
 use std::{
     collections::BTreeMap,
     io::{self, IoSlice},
-    time::Instant,
+    thread,
+    time::{Duration, Instant},
 };
 
 use nix::unistd::Pid;
@@ -88,11 +89,40 @@ impl Frozen {
     }
 
     /// Writes the whole image.
+    ///
+    /// What was met in the middle of something (a connection that nobody has
+    /// accepted yet) has some moments to get over it: the tree runs meanwhile.
     pub fn dump(&mut self, sink: &mut dyn ImageSink) -> Result<DumpReport, DumpError> {
         let started = Instant::now();
-        let mut report = DumpReport { freeze_us: self.freeze_us, ..DumpReport::default() };
-        report.processes = self.tree.processes.len() as u64;
-        report.threads = self.tree.processes.iter().map(|p| p.threads.len() as u64).sum();
+        let mut pauses = PAUSES.into_iter();
+        let gathered = loop {
+            match (self.gather(), pauses.next()) {
+                (Err(DumpError::Refused(finding)), Some(pause)) => {
+                    tracing::debug!(object = %finding.object, reason = %finding.reason, "again");
+                    self.go_on_for(pause)?;
+                }
+                (gathered, _) => break gathered?,
+            }
+        };
+        let mut report = self.write(gathered, sink)?;
+        report.dump_us = micros(started);
+        Ok(report)
+    }
+
+    /// Lets the tree run for a moment.
+    fn go_on_for(&mut self, pause: Duration) -> Result<(), DumpError> {
+        let root = self.tree.processes[0].pid;
+        if let Some(hold) = &mut self.hold {
+            hold.lift().map_err(failed("let packets pass", root))?;
+        }
+        self.tree.thaw()?;
+        thread::sleep(pause);
+        self.tree = freeze::freeze(root)?;
+        Ok(())
+    }
+
+    /// Takes down everything but memory; nothing has been sent of it.
+    fn gather(&mut self) -> Result<Gathered, DumpError> {
         let root = self.tree.processes[0].pid;
         let mut names = Names {
             ids: BTreeMap::new(),
@@ -125,6 +155,19 @@ impl Frozen {
         self.hold_packets()?;
         let (files, connections) = self.files(&mut objects)?;
         self.connections = connections;
+        Ok(Gathered { head, images, objects, files })
+    }
+
+    /// Writes what was gathered, and memory.
+    fn write(
+        &mut self,
+        gathered: Gathered,
+        sink: &mut dyn ImageSink,
+    ) -> Result<DumpReport, DumpError> {
+        let Gathered { head, mut images, mut objects, files } = gathered;
+        let mut report = DumpReport { freeze_us: self.freeze_us, ..DumpReport::default() };
+        report.processes = self.tree.processes.len() as u64;
+        report.threads = self.tree.processes.iter().map(|p| p.threads.len() as u64).sum();
         report.bytes += image::put(sink, Kind::Head, &head).map_err(DumpError::Sink)?;
         self.baseline.keep(&head.nodes);
         for process in self.tree.processes.iter_mut().filter(|p| !p.is_zombie()) {
@@ -151,7 +194,6 @@ impl Frozen {
             report.bytes += image::put(sink, Kind::Process, image).map_err(DumpError::Sink)?;
         }
         sink.put(Kind::End as u16, &[]).map_err(DumpError::Sink)?;
-        report.dump_us = micros(started);
         Ok(report)
     }
 
@@ -256,6 +298,20 @@ impl Frozen {
         }
         Ok(Parked { _hold: self.hold })
     }
+}
+
+/// For how long a tree runs before it is stopped once more.
+const PAUSES: [Duration; 5] = {
+    let ms = Duration::from_millis;
+    [ms(1), ms(2), ms(5), ms(10), ms(20)]
+};
+
+/// A stopped tree, but for its memory.
+struct Gathered {
+    head: Head,
+    images: Vec<image::Process>,
+    objects: Objects,
+    files: files::Image,
 }
 
 /// A tree that was let go but is stopped. Dropping this changes nothing.
