@@ -8,6 +8,7 @@ use std::{
     collections::BTreeMap,
     fs,
     path::Path,
+    process::Command,
     thread,
     time::{Duration, Instant},
 };
@@ -158,24 +159,47 @@ impl Pair {
     /// Waits until a shim has ended by itself.
     pub fn await_end(&mut self, at: usize) -> Result<()> {
         let deadline = Instant::now() + PATIENCE;
-        while !self.nodes[at].as_mut().is_none_or(Node::has_ended) {
+        while !self.has_ended(at) {
             ensure!(Instant::now() < deadline, "the shim of {} does not end", NAMES[at]);
             thread::sleep(Duration::from_millis(1));
         }
         Ok(())
     }
 
-    /// Kills the workers of a shim that have `word` among their arguments;
-    /// says how many.
+    /// Whether a shim has ended by itself.
+    pub fn has_ended(&mut self, at: usize) -> bool {
+        self.nodes[at].as_mut().is_none_or(Node::has_ended)
+    }
+
+    /// Workers of a shim: its children that have `word` among their arguments.
+    #[must_use]
+    pub fn workers(&self, at: usize, word: &str) -> Vec<i32> {
+        let all = children(self.node(at).pid());
+        all.into_iter()
+            .filter(|pid| has_argument(Path::new(&format!("/proc/{pid}")), word))
+            .collect()
+    }
+
+    /// Kills workers of a shim; says how many.
     pub fn kill_worker(&self, at: usize, word: &str) -> usize {
-        let mut killed = 0;
-        for pid in children(self.node(at).pid()) {
-            let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
-            if line.split(|byte| *byte == 0).any(|arg| arg == word.as_bytes()) {
-                killed += usize::from(kill(Pid::from_raw(pid), Signal::SIGKILL).is_ok());
+        let all = self.workers(at, word);
+        all.iter().filter(|pid| kill(Pid::from_raw(**pid), Signal::SIGKILL).is_ok()).count()
+    }
+
+    /// Kills a shim that is not to come back at once.
+    pub fn stop(&mut self, at: usize) -> Result<()> {
+        self.nodes[at].take().map(drop).context("it is stopped already")
+    }
+
+    /// Kills whatever on a host has `word` among its arguments.
+    pub fn end_all(&self, at: usize, word: &str) -> Result<()> {
+        for entry in fs::read_dir(self.host(at).outside("/proc"))?.flatten() {
+            if has_argument(&entry.path(), word) {
+                let pid = entry.file_name().to_string_lossy().into_owned();
+                self.host(at).run(Command::new("kill").args(["-KILL", &pid]))?;
             }
         }
-        killed
+        Ok(())
     }
 
     /// Starts a migration away from `at`.
@@ -312,13 +336,14 @@ impl Pair {
         });
         let read = |name: &str| fs::read_to_string(proc.join("1").join(name)).unwrap_or_default();
         let (mounts, interfaces) = (read("mounts"), read("net/dev"));
+        let places = mounts.lines().filter_map(|line| line.split(' ').nth(1));
         let names = interfaces.lines().skip(2).filter_map(|line| line.split(':').next());
         let mut files = Vec::new();
         walk(&host.outside("/run/dunlin"), false, &mut files);
         Look {
             processes: sorted(processes.collect()),
             cgroups: sorted(cgroups.collect()),
-            mounts: sorted(mounts.lines().map(ToOwned::to_owned).collect()),
+            mounts: sorted(places.map(ToOwned::to_owned).collect()),
             interfaces: sorted(names.map(|name| name.trim().to_owned()).collect()),
             files: sorted(files),
         }
@@ -344,6 +369,11 @@ fn share(config: &Path, folder: &Path) -> Result<()> {
         "destination": "/shared", "type": "bind", "source": folder, "options": ["rbind", "rw"],
     }));
     Ok(fs::write(config, serde_json::to_vec(&spec)?)?)
+}
+
+fn has_argument(proc: &Path, word: &str) -> bool {
+    let line = fs::read(proc.join("cmdline")).unwrap_or_default();
+    line.split(|byte| *byte == 0).any(|arg| arg == word.as_bytes())
 }
 
 fn children(pid: u32) -> Vec<i32> {

@@ -108,6 +108,12 @@ impl SourceLink {
         self.gate.clone()
     }
 
+    /// Whether somebody here asked for the end of it.
+    #[must_use]
+    pub fn is_cancelled(&self) -> bool {
+        self.gate.is_cancelled()
+    }
+
     /// Offers the container and waits until its sandbox stands there.
     pub fn offer(&mut self, offer: &Offer) -> Result<(), LinkError> {
         self.say(&Message::Offer(Box::new(offer.clone())))?;

@@ -244,7 +244,10 @@ pub(crate) fn migrate<T: Tree>(
         bytes: bytes.bytes,
         records: bytes.records,
     });
-    shim.may_commit()?;
+    shim.may_commit().map_err(|problem| match link.is_cancelled() {
+        true => broken(LinkError::Cancelled),
+        false => problem,
+    })?;
     point("source.may-commit").map_err(failed)?;
     let proof: PeerReady = link.ready(offer.token).map_err(broken)?;
     let ready = since.elapsed();
