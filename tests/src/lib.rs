@@ -6,6 +6,7 @@
 
 pub mod bundle;
 pub mod capture;
+pub mod chaos;
 mod check;
 mod child;
 mod clone;

@@ -1,8 +1,9 @@
-//! The project's own commands: `cargo xtask lint | test | demo | bench`.
+//! The project's own commands: `cargo xtask lint | test | demo | bench | chaos`.
 
 #![allow(clippy::print_stdout, clippy::print_stderr, reason = "a command line program")]
 
 mod bench;
+mod chaos;
 mod demo;
 mod deny;
 mod lint;
@@ -21,6 +22,8 @@ enum Command {
     Lint,
     /// Moves a Redis under load between two hosts made for the purpose.
     Demo(demo::Args),
+    /// Lets things fail at random while a container is handed over.
+    Chaos(chaos::Args),
     /// Measures.
     Bench(bench::Args),
     /// Installs what the tests need and runs all of them.
@@ -30,6 +33,7 @@ enum Command {
 fn main() -> ExitCode {
     let done = match Command::parse() {
         Command::Bench(args) => setup::for_speed().and_then(|()| bench::run(&args)),
+        Command::Chaos(args) => chaos::run(&args),
         Command::Demo(args) => setup::for_speed().and_then(|()| demo::run(&args)),
         Command::Lint => lint::run(),
         Command::Test(args) => test::run(&args),

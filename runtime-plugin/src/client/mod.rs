@@ -117,13 +117,17 @@ enum MigrationsCommand {
         #[command(flatten)]
         common: Common,
     },
-    /// Ends a doubt by hand. Said wrongly, `there` loses the container and
-    /// `here` doubles it: look at the destination first
+    /// Ends a doubt by hand; look at the destination first
     Resolve {
         id: Uuid,
-        /// Where the container runs
-        #[arg(long, value_parser = runs)]
-        runs: Runs,
+        /// It does not run at the destination and never will: the stopped
+        /// original runs on. Said wrongly, there are two of it from then on
+        #[arg(long, required_unless_present = "there")]
+        here: bool,
+        /// It runs at the destination: the stopped original is ended. Said
+        /// wrongly, it is lost
+        #[arg(long, conflicts_with = "here")]
+        there: bool,
         #[command(flatten)]
         common: Common,
     },
@@ -192,8 +196,8 @@ async fn migrations(args: &Migrations) -> Result<u8> {
         Some(MigrationsCommand::Cancel { id, common }) => {
             (common, vec![common.client().cancel(*id).await?])
         }
-        Some(MigrationsCommand::Resolve { id, runs, common }) => {
-            let request = ResolveRequest { runs: *runs };
+        Some(MigrationsCommand::Resolve { id, there, common, .. }) => {
+            let request = ResolveRequest { runs: if *there { Runs::There } else { Runs::Here } };
             (common, vec![common.client().resolve(*id, &request).await?])
         }
         None => (
@@ -239,13 +243,5 @@ fn mechanism(text: &str) -> Result<Mechanism, String> {
         "total-copy" => Ok(Mechanism::TotalCopy),
         "pre-copy" => Ok(Mechanism::PreCopy),
         _ => Err("expected auto, total-copy or pre-copy".into()),
-    }
-}
-
-fn runs(text: &str) -> Result<Runs, String> {
-    match text {
-        "here" => Ok(Runs::Here),
-        "there" => Ok(Runs::There),
-        _ => Err("expected here or there".into()),
     }
 }
