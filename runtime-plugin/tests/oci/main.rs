@@ -2,6 +2,7 @@
 //!
 //! Most of it needs root; without it those tests say so and pass.
 
+#![allow(clippy::print_stdout, reason = "captured, and shown for a test that fails")]
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on should say where")]
 
 mod bundle;

@@ -23,7 +23,7 @@ fn main() -> Result<()> {
     let children = (1..processes)
         .map(|_| Command::new(&own).args(["0".to_owned(), pages.to_string(), "0".into()]).spawn())
         .collect::<Result<Vec<_>, _>>()?;
-    let memory: Vec<u8> = (0..mib << 20).map(|at| (at / 61) as u8).collect();
+    let memory: Vec<u8> = (0..mib << 20).map(|at| (at / 61).to_le_bytes()[0]).collect();
     if processes != 0 {
         let socket = UdpSocket::bind(("0.0.0.0", PORT))?;
         thread::spawn(move || {
