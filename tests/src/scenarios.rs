@@ -44,6 +44,8 @@ macro_rules! for_each_refusal {
             refused_namespace: "uts namespace"
             refused_tcp: "TCP"
             refused_outside_socket: "unix socket"
+            refused_mptcp: "MPTCP"
+            refused_sctp: "SCTP"
         }
     };
 }

@@ -11,6 +11,7 @@
 use std::{
     fs,
     net::{Ipv4Addr, SocketAddr},
+    process::Command,
     thread,
     time::{Duration, Instant},
 };
@@ -18,11 +19,12 @@ use std::{
 use dunlin_api::rest::{
     DestinationState, MigrateRequest, Migration, MigrationState, Phase, TcpPolicy,
 };
+use dunlin_checkpoint::Hold;
 use dunlin_tests::{
     bundle::Bundle,
     capture::{Capture, What, claimants},
     echo::Echoes,
-    hosts::Hosts,
+    hosts::{Host, Hosts},
     node::{self, Node},
     worker::program,
 };
@@ -51,15 +53,31 @@ struct Stage {
     capture: Capture,
 }
 
+/// Who makes the container's network.
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Network {
+    /// We do, on a bridge.
+    Bridge,
+    /// Somebody else did, on both hosts.
+    External,
+}
+
+/// Where a host has a namespace made by somebody else.
+const EXTERNAL: &str = "/run/netns/external";
+
 impl Stage {
     fn set() -> Self {
+        Self::with(Network::Bridge)
+    }
+
+    fn with(network: Network) -> Self {
         let hosts = Hosts::new(&["a", "b", "client"]).unwrap();
         for name in NAMES {
-            let mut bundle = Bundle::on(&hosts[name], ID).unwrap();
-            let server = program("echo").unwrap();
-            bundle.program_as(&server, "/bin/echo".as_ref()).unwrap();
-            bundle.args(["/bin/echo", &PORT.to_string()]).address(ADDRESS);
+            let bundle = bundle(&hosts[name], ID, network);
             bundle.save().unwrap();
+        }
+        if network == Network::External {
+            NAMES.iter().for_each(|name| make_external(&hosts[name], *name != "a"));
         }
         let capture = Capture::start(&hosts, ADDRESS).unwrap();
         let nodes = NAMES.map(|name| Node::start(&hosts[name]).unwrap());
@@ -168,6 +186,47 @@ impl Stage {
     }
 }
 
+fn bundle(host: &Host, id: &str, network: Network) -> Bundle {
+    let mut bundle = Bundle::on(host, id).unwrap();
+    let server = program("echo").unwrap();
+    bundle.program_as(&server, "/bin/echo".as_ref()).unwrap();
+    bundle.args(["/bin/echo", &PORT.to_string()]);
+    match network {
+        Network::Bridge => bundle.address(ADDRESS),
+        Network::External => bundle.netns(EXTERNAL),
+    };
+    bundle
+}
+
+/// Makes a namespace with the address; a mute one does not answer for it.
+fn make_external(host: &Host, mute: bool) {
+    let run = |program: &str, line: &str| {
+        host.run(Command::new(program).args(line.split(' '))).unwrap();
+    };
+    run("ip", "netns add external");
+    if mute {
+        let mut inside = Command::new("ip");
+        let command = inside.args(["netns", "exec", "external", "sleep", "60"]);
+        let mut child = host.spawn(command).unwrap();
+        let pid = Pid::from_raw(child.id().try_into().unwrap());
+        let deadline = Instant::now() + PATIENCE;
+        // Until then it is `ip`, on its way there.
+        while !fs::read_link(format!("/proc/{pid}/exe")).unwrap().ends_with("sleep") {
+            assert!(Instant::now() < deadline);
+            thread::sleep(Duration::from_millis(1));
+        }
+        Hold::of(pid).unwrap().unwrap().arrive().unwrap();
+        child.kill().unwrap();
+        child.wait().unwrap();
+    }
+    run("ip", "link add outer type veth peer name eth0 netns external");
+    run("ip", "link set outer master br0 up");
+    run("ip", "-n external link set eth0 address 02:00:0a:47:00:64");
+    run("ip", &format!("-n external address add {ADDRESS}/24 dev eth0"));
+    run("ip", "-n external link set lo up");
+    run("ip", "-n external link set eth0 up");
+}
+
 /// Processes below a shim with `word` among their arguments.
 fn workers(shim: u32, word: &str) -> Vec<u32> {
     let tasks = fs::read_dir(format!("/proc/{shim}/task")).unwrap().flatten();
@@ -181,8 +240,8 @@ fn workers(shim: u32, word: &str) -> Vec<u32> {
     pids.into_iter().filter(has).collect()
 }
 
-fn ten_moves(count: usize) {
-    let stage = Stage::set();
+fn ten_moves(count: usize, network: Network) -> Stage {
+    let stage = Stage::with(network);
     let mut echoes = stage.connect(count);
     echoes.catch_up(PATIENCE).unwrap();
     let mut longest = Duration::ZERO;
@@ -195,16 +254,32 @@ fn ten_moves(count: usize) {
     }
     let bytes = echoes.stop().unwrap();
     println!("{count} connections: {bytes} bytes, longest gap {longest:?}");
+    stage
 }
 
 #[test]
 fn one_survives_ten_moves() {
-    ten_moves(1);
+    ten_moves(1, Network::Bridge);
 }
 
 #[test]
 fn a_hundred_survive_ten_moves() {
-    ten_moves(100);
+    ten_moves(100, Network::Bridge);
+}
+
+#[test]
+fn they_survive_in_a_namespace_of_somebody_else() {
+    let stage = ten_moves(10, Network::External);
+    // What was left there is mute, as its address is elsewhere, until the next
+    // container comes.
+    let tables = || {
+        let mut nft = Command::new("ip");
+        stage.hosts["b"].run(nft.args("netns exec external nft list tables".split(' '))).unwrap()
+    };
+    assert_eq!(tables(), "table inet dunlin-held\ntable arp dunlin-held\n");
+    bundle(&stage.hosts["b"], "next", Network::External).save().unwrap();
+    node::run_container(&stage.hosts["b"], "next").unwrap();
+    assert_eq!(tables(), "");
 }
 
 #[test]

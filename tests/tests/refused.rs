@@ -1,6 +1,7 @@
 //! What cannot move is refused by name, and runs on as if nobody had asked.
 
 use anyhow::{Result, bail, ensure};
+use dunlin_checkpoint::{Options, TcpPolicy, inspect};
 use dunlin_tests::worker::{Moved, Order};
 use dunlin_tests::{Child, Mood, Place, for_each_refusal, settled, unless_skipped};
 
@@ -36,3 +37,14 @@ macro_rules! tests {
 }
 
 for_each_refusal!(tests);
+
+#[test]
+fn connections_of_the_host_are_not_kept() -> Result<()> {
+    let child = Child::spawn("refused_tcp", Place::Plain, Mood::Idle)?;
+    let keep = Options { tcp: TcpPolicy::Keep, ..Options::default() };
+    let verdict = inspect(child.root(), &keep)?;
+    let named =
+        verdict.findings.iter().any(|finding| finding.reason.contains("the host's network"));
+    ensure!(named && !verdict.is_movable(), "{verdict:?}");
+    child.verify()
+}

@@ -40,7 +40,8 @@ use pingpong::futex_pingpong;
 use place::{place_directory, place_names, place_root};
 use refused::{
     refused_aio, refused_block_device, refused_bpf, refused_fanotify, refused_io_uring,
-    refused_namespace, refused_outside_socket, refused_tcp, refused_traced, refused_userfaultfd,
+    refused_mptcp, refused_namespace, refused_outside_socket, refused_sctp, refused_tcp,
+    refused_traced, refused_userfaultfd,
 };
 use registers::{
     registers_avx, registers_avx512, registers_float, registers_general, registers_segments,

@@ -37,6 +37,20 @@ pub(crate) fn refused_io_uring() -> Result<Scenario> {
     held("io_uring", libc::SYS_io_uring_setup, [4, parameters.as_mut_ptr() as usize, 0, 0, 0, 0])
 }
 
+pub(crate) fn refused_mptcp() -> Result<Scenario> {
+    stream_of("MPTCP", libc::IPPROTO_MPTCP)
+}
+
+pub(crate) fn refused_sctp() -> Result<Scenario> {
+    stream_of("SCTP", libc::IPPROTO_SCTP)
+}
+
+fn stream_of(what: &str, protocol: i32) -> Result<Scenario> {
+    let [family, kind, protocol] =
+        [libc::AF_INET, libc::SOCK_STREAM, protocol].map(|number| number.unsigned_abs() as usize);
+    held(what, libc::SYS_socket, [family, kind, protocol, 0, 0, 0])
+}
+
 pub(crate) fn refused_userfaultfd() -> Result<Scenario> {
     held("userfaultfd", libc::SYS_userfaultfd, [1, 0, 0, 0, 0, 0]) // UFFD_USER_MODE_ONLY
 }
