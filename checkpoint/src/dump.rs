@@ -25,7 +25,7 @@ use crate::{
         shared::Objects,
         signals,
         signals::Queue,
-        threads, timers, tree,
+        sysv, threads, timers, tree,
     },
     stub::{Batch, Remote, SignalUse, Tracee},
     sys::ptrace,
@@ -153,9 +153,10 @@ impl Frozen {
         self.baseline.begin();
         let mut objects = Objects::default();
         self.hold_packets()?;
+        let sysv = self.sysv(&names.maps)?;
         let (files, connections) = self.files(&mut objects)?;
         self.connections = connections;
-        Ok(Gathered { head, images, objects, files })
+        Ok(Gathered { head, images, sysv, objects, files })
     }
 
     /// Writes what was gathered, and memory.
@@ -164,12 +165,17 @@ impl Frozen {
         gathered: Gathered,
         sink: &mut dyn ImageSink,
     ) -> Result<DumpReport, DumpError> {
-        let Gathered { head, mut images, mut objects, files } = gathered;
+        let Gathered { head, mut images, sysv, mut objects, files } = gathered;
         let mut report = DumpReport { freeze_us: self.freeze_us, ..DumpReport::default() };
         report.processes = self.tree.processes.len() as u64;
         report.threads = self.tree.processes.iter().map(|p| p.threads.len() as u64).sum();
         report.bytes += image::put(sink, Kind::Head, &head).map_err(DumpError::Sink)?;
         self.baseline.keep(&head.nodes);
+        if let Some(sysv) = sysv {
+            let sent = sysv.send(sink).map_err(DumpError::Sink)?;
+            report.pages += sent.pages;
+            report.bytes += sent.bytes;
+        }
         for process in self.tree.processes.iter_mut().filter(|p| !p.is_zombie()) {
             let (pid, tgid) = (process.pid, process.status.tgid());
             let vmas = std::mem::take(&mut process.vmas);
@@ -248,6 +254,15 @@ impl Frozen {
         files::dump(&tables, &ctx, objects)
     }
 
+    /// The System V objects, if the tree has an ipc namespace with some.
+    fn sysv(&self, maps: &IdMaps) -> Result<Option<sysv::Dump>, DumpError> {
+        let root = self.tree.processes[0].pid;
+        let tasks: Vec<Pid> = self.tree.processes.iter().map(|p| p.pid).collect();
+        let living = self.tree.processes.iter().filter(|p| !p.is_zombie());
+        let vmas = living.flat_map(|p| p.vmas.iter().map(|vma| (p.pid, vma)));
+        sysv::dump(root, &tasks, vmas, maps).map_err(failed("take down the System V objects", root))
+    }
+
     /// Takes what is ours out of the tree, which stays stopped: nothing more is
     /// asked of it. To be called while others are waited for, so that
     /// [`Frozen::park`] has less to do.
@@ -310,6 +325,7 @@ const PAUSES: [Duration; 5] = {
 struct Gathered {
     head: Head,
     images: Vec<image::Process>,
+    sysv: Option<sysv::Dump>,
     objects: Objects,
     files: files::Image,
 }

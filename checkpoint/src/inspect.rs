@@ -13,10 +13,11 @@ use nix::unistd::Pid;
 
 use crate::{
     DumpError, Finding, Judgement, Options, Verdict,
+    dump::failed,
     proc::{self, Stat, Status},
     resource::{
         files::{self, TableRef},
-        memory, tree,
+        memory, sysv, tree,
     },
     skeleton,
 };
@@ -53,6 +54,10 @@ fn look(root: Pid, options: &Options) -> Result<Verdict, DumpError> {
             judge_process(pid, &status, &stat, &home, &mut verdict);
         }
         found.push((pid, status, stat));
+    }
+    let obstacle = sysv::judge(root, &processes);
+    if let Some(reason) = obstacle.map_err(failed("judge the System V objects", root))? {
+        verdict.refuse("the ipc namespace".into(), reason, "");
     }
     let mut nodes = nodes(found.iter().map(|(pid, status, stat)| (*pid, status, stat)));
     let tables = tables.as_slice();
@@ -138,6 +143,8 @@ impl Verdict {
 struct Home {
     namespaces: Vec<(&'static str, PathBuf)>,
     depth: usize,
+    /// System V objects are then the host's.
+    shares_ipc: bool,
 }
 
 /// Namespaces that are created for the whole container.
@@ -147,7 +154,8 @@ impl Home {
     fn of(root: Pid) -> Option<Self> {
         let link = |name| Some((name, namespace(root, name)?));
         let namespaces = NAMESPACES.into_iter().map(link).collect::<Option<_>>()?;
-        Some(Self { namespaces, depth: Status::of(root).ok()?.ns_pid.len() })
+        let shares_ipc = sysv::is_ours(root).ok()?;
+        Some(Self { shares_ipc, namespaces, depth: Status::of(root).ok()?.ns_pid.len() })
     }
 }
 
@@ -190,6 +198,9 @@ fn judge_process(pid: Pid, status: &Status, stat: &Stat, home: &Home, verdict: &
     }
     let Ok(vmas) = proc::vmas(pid) else { return };
     for vma in &vmas {
+        if home.shares_ipc && sysv::is_segment(vma) {
+            verdict.refuse(format!("mapping {:#x} of {me}", vma.start), sysv::FOREIGN, "");
+        }
         if let Some(reason) = memory::unmovable(vma, false) {
             let object = format!("mapping {:#x} of {me}", vma.start);
             verdict.refuse(object, reason, "");

@@ -25,7 +25,7 @@ use crate::{
     intervals::Intervals,
     proc::{self, Stat, Status, Vma, VmaKind},
     resource::{
-        memory::{self, Change, KernelPages, Layout, Mapping},
+        memory::{self, Backing, Change, KernelPages, Layout, Mapping},
         pages::{self, Sent},
         shared::{self, Objects},
         tree,
@@ -277,7 +277,7 @@ impl Baseline {
     ) -> Result<Sent, DumpError> {
         let (objects, sizes) = (&mut self.objects, &mut self.sizes);
         let tracker = self.trackers.get_mut(&pid);
-        let layout = memory::layout(
+        let mut layout = memory::layout(
             pid,
             &vmas,
             tracker.is_some(),
@@ -285,6 +285,10 @@ impl Baseline {
             |vma| file_size(sizes, host, vma),
         )
         .map_err(failed("take down the memory map", host))?;
+        if pass == Pass::Running {
+            // Their segments are made in the freeze.
+            layout.mappings.retain(|m| !matches!(m.backing, Backing::Segment { .. }));
+        }
         if objects.len() != self.announced {
             // Mappings name them, so they come first; content waits.
             objects.announce(sink).map_err(DumpError::Sink)?;

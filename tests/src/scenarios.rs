@@ -23,6 +23,7 @@ macro_rules! for_each_scenario {
             place_directory place_root place_names
             fds_files fds_devices fds_shared fds_pipes
             events_eventfd events_epoll events_signalfd events_timerfd
+            sysv_memory sysv_semaphores sysv_queues sysv_waiting
             sockets_pairs sockets_family sockets_listening
             futex_pingpong
         }
@@ -43,6 +44,8 @@ macro_rules! for_each_refusal {
             refused_traced: "traced"
             refused_namespace: "uts namespace"
             refused_tcp: "TCP"
+            refused_shared_ipc: "not in the tree"
+            refused_undo: "SEM_UNDO"
             refused_outside_socket: "unix socket"
             refused_mptcp: "MPTCP"
             refused_sctp: "SCTP"

@@ -323,7 +323,7 @@ fn command(program: &Path, dir: &Path) -> Command {
 /// Starts `program` at `place`.
 fn spawn(place: Place, program: &Path, dir: &Path, args: &[String]) -> Result<Pid> {
     match place {
-        Place::Plain => started(command(program, dir).args(args)),
+        Place::Plain => apart(|| started(command(program, dir).args(args))),
         Place::Isolated => {
             let mut command = command(&std::env::current_exe()?, dir);
             started_as_init(command.arg("inside").arg(program).args(args))
@@ -344,7 +344,7 @@ fn new_skeleton(place: Place, wanted: Option<Pid>) -> Result<Pid> {
     command.args((place == Place::Isolated).then_some("skeleton"));
     command.arg(write.as_raw_fd().to_string());
     let pid = match (place, wanted) {
-        (Place::Plain, Some(wanted)) => start_as(wanted, &mut command)?,
+        (Place::Plain, Some(wanted)) => apart(|| start_as(wanted, &mut command))?,
         _ => started_as_init(&mut command)?,
     };
     // The other end closes when the skeleton is executed, or failed.
@@ -361,10 +361,20 @@ fn started(command: &mut Command) -> Result<Pid> {
     Ok(Pid::from_raw(child.id().try_into()?))
 }
 
+/// Starts something in an ipc namespace of its own: System V objects are one's
+/// own only there.
+fn apart(start: impl FnOnce() -> Result<Pid>) -> Result<Pid> {
+    let ours = File::open("/proc/self/ns/ipc")?;
+    unshare(CloneFlags::CLONE_NEWIPC)?;
+    let started = start();
+    setns(ours, CloneFlags::CLONE_NEWIPC)?;
+    started
+}
+
 /// Starts `command` as pid 1 of a new namespace.
 fn started_as_init(command: &mut Command) -> Result<Pid> {
     unshare(CloneFlags::CLONE_NEWPID)?;
-    let pid = started(command);
+    let pid = apart(|| started(command));
     // Or the engine could make no thread.
     setns(File::open("/proc/self/ns/pid")?, CloneFlags::CLONE_NEWPID)?;
     pid

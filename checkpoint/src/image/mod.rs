@@ -58,11 +58,13 @@ pub(crate) enum Kind {
     End = 8,
     /// Pages that were sent and are gone since.
     Drop = 9,
+    /// System V objects.
+    Sysv = 10,
 }
 
 impl Kind {
     pub(crate) fn of(raw: u16) -> Option<Self> {
-        const ALL: [Kind; 9] = [
+        const ALL: [Kind; 10] = [
             Kind::Head,
             Kind::Object,
             Kind::ObjectPages,
@@ -72,6 +74,7 @@ impl Kind {
             Kind::Process,
             Kind::End,
             Kind::Drop,
+            Kind::Sysv,
         ];
         ALL.into_iter().find(|&kind| kind as u16 == raw)
     }

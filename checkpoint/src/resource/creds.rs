@@ -113,6 +113,18 @@ impl IdMaps {
     }
 }
 
+impl IdMaps {
+    /// What a user and a group that we see are called inside.
+    pub(crate) fn inside(&self, uid: u32, gid: u32) -> io::Result<(u32, u32)> {
+        Ok((self.uids.inside(uid)?, self.gids.inside(gid)?))
+    }
+
+    /// What a user and a group from inside are to us.
+    pub(crate) fn outside(&self, uid: u32, gid: u32) -> io::Result<(u32, u32)> {
+        Ok((self.uids.outside(uid)?, self.gids.outside(gid)?))
+    }
+}
+
 /// Lines of a map: first id inside, first outside, how many.
 struct IdMap(Vec<[u32; 3]>);
 
@@ -131,6 +143,14 @@ impl IdMap {
             .find(|[_, outside, count]| id.checked_sub(*outside).is_some_and(|at| at < *count))
             .map(|[inside, outside, _]| inside + (id - outside))
             .ok_or_else(|| io::Error::other(format!("id {id} has no name in its user namespace")))
+    }
+
+    fn outside(&self, id: u32) -> io::Result<u32> {
+        self.0
+            .iter()
+            .find(|[inside, _, count]| id.checked_sub(*inside).is_some_and(|at| at < *count))
+            .map(|[inside, outside, _]| outside + (id - inside))
+            .ok_or_else(|| io::Error::other(format!("id {id} is not in the user namespace")))
     }
 
     fn inside_all(&self, ids: [u32; 4]) -> io::Result<[u32; 4]> {

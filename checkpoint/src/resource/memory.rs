@@ -5,7 +5,7 @@ use std::{collections::BTreeMap, io};
 
 use serde::{Deserialize, Serialize};
 
-use super::shared::ObjectId;
+use super::{shared::ObjectId, sysv};
 use crate::{
     proc::{Vma, VmaKind},
     stub::{Batch, args},
@@ -20,6 +20,8 @@ pub(crate) enum Backing {
     File { path: Vec<u8>, size: u64, offset: u64 },
     /// A memory object without a name, which the image carries.
     Object { id: ObjectId, offset: u64 },
+    /// A System V segment of `size` bytes.
+    Segment { id: i32, size: u64, offset: u64 },
 }
 
 /// One mapping.
@@ -148,6 +150,10 @@ pub(crate) fn layout(
         let backing = match &vma.kind {
             VmaKind::Vdso | VmaKind::Vvar | VmaKind::Vsyscall | VmaKind::Special(_) => continue,
             VmaKind::Anonymous => Backing::Anonymous,
+            VmaKind::File { offset, id, .. } if sysv::is_segment(vma) => {
+                let id = i32::try_from(id.1).map_err(io::Error::other)?;
+                Backing::Segment { id, size: file_size(vma)?, offset: *offset }
+            }
             VmaKind::File { path, offset, .. } => match object(vma)? {
                 Some(id) => Backing::Object { id, offset: *offset },
                 None => {
@@ -202,6 +208,10 @@ impl Mapping {
                 map(batch, flags, fd.into(), *offset);
                 batch.call(libc::SYS_close, args![fd]);
             }
+            // Attached before, by `sysv::attach`.
+            Backing::Segment { .. } => {
+                batch.call(libc::SYS_mprotect, args![start, len, self.prot]);
+            }
             Backing::Object { id, offset } => {
                 let fd = objects.get(id).copied().unwrap_or(u64::MAX);
                 map(batch, flags, fd.into(), *offset);
@@ -236,13 +246,20 @@ impl Mapping {
         self.prot & libc::PROT_WRITE != 0
     }
 
+    /// Whether it may be made writable.
+    pub(crate) fn may_write(&self) -> bool {
+        self.may_write
+    }
+
     /// The part of the mapping in `start..end`, which lies inside it.
     pub(crate) fn clip(&self, start: u64, end: u64) -> Self {
         let skipped = start - self.start;
         let mut part = Self { start, end, ..self.clone() };
         match &mut part.backing {
             Backing::Anonymous => {}
-            Backing::File { offset, .. } | Backing::Object { offset, .. } => *offset += skipped,
+            Backing::File { offset, .. }
+            | Backing::Object { offset, .. }
+            | Backing::Segment { offset, .. } => *offset += skipped,
         }
         part
     }

@@ -15,6 +15,7 @@ pub(crate) mod mm;
 pub(crate) mod pages;
 pub(crate) mod shared;
 pub(crate) mod signals;
+pub(crate) mod sysv;
 pub(crate) mod threads;
 pub(crate) mod timers;
 pub(crate) mod tree;

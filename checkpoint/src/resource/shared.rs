@@ -60,6 +60,8 @@ pub(crate) struct Object {
 pub(crate) enum Nature {
     /// As an object of the image.
     Object,
+    /// As System V shared memory, of which it is a segment.
+    Segment,
     /// Not at all: what it is.
     Unmovable(&'static str),
     /// It is an ordinary file.
@@ -71,9 +73,7 @@ pub(crate) fn nature(vma: &Vma) -> Nature {
     match &vma.kind {
         VmaKind::File { path, .. } if path.starts_with(b"/memfd:") => Nature::Object,
         VmaKind::File { path, deleted: true, .. } if path == b"/dev/zero" => Nature::Object,
-        VmaKind::File { path, deleted: true, .. } if path.starts_with(b"/SYSV") => {
-            Nature::Unmovable("is System V shared memory")
-        }
+        VmaKind::File { path, deleted: true, .. } if path.starts_with(b"/SYSV") => Nature::Segment,
         VmaKind::File { path, .. } if path.starts_with(b"/[aio]") => {
             Nature::Unmovable("is the ring of an AIO context")
         }
@@ -131,7 +131,7 @@ impl Objects {
         let VmaKind::File { path, id: (_, inode), .. } = &vma.kind else { return Ok(None) };
         match nature(vma) {
             Nature::Object => {}
-            Nature::File => return Ok(None),
+            Nature::File | Nature::Segment => return Ok(None),
             Nature::Unmovable(what) => return Err(io::Error::other(what)),
         }
         if self.found.contains_key(inode) {
@@ -163,22 +163,36 @@ impl Objects {
         let mut buf = vec![0; 256 << 10];
         for (object, file) in self.found.values() {
             crate::image::put(sink, Kind::Object, object)?;
-            let mut at = 0;
-            while let Some((start, end)) = next_data(file, at)? {
-                at = end;
-                for offset in (start..end).step_by(buf.len()) {
-                    let len = usize::try_from(end - offset).unwrap_or(usize::MAX).min(buf.len());
-                    file.read_exact_at(&mut buf[..len], offset)?;
-                    let head = encode_runs(object.id, &[(offset, len as u64)]);
-                    let parts = [IoSlice::new(&head), IoSlice::new(&buf[..len])];
-                    sink.put(Kind::ObjectPages as u16, &parts)?;
-                    sent.pages += (len as u64).div_ceil(sys::memory::PAGE);
-                    sent.bytes += (head.len() + len) as u64;
-                }
-            }
+            let content = send_content(object.id, file, &mut buf, sink)?;
+            sent.pages += content.pages;
+            sent.bytes += content.bytes;
         }
         Ok(sent)
     }
+}
+
+/// Sends what `file`, which holds an object, has in it.
+pub(crate) fn send_content(
+    id: ObjectId,
+    file: &File,
+    buf: &mut [u8],
+    sink: &mut dyn ImageSink,
+) -> io::Result<Sent> {
+    let mut sent = Sent::default();
+    let mut at = 0;
+    while let Some((start, end)) = next_data(file, at)? {
+        at = end;
+        for offset in (start..end).step_by(buf.len()) {
+            let len = usize::try_from(end - offset).unwrap_or(usize::MAX).min(buf.len());
+            file.read_exact_at(&mut buf[..len], offset)?;
+            let head = encode_runs(id, &[(offset, len as u64)]);
+            let parts = [IoSlice::new(&head), IoSlice::new(&buf[..len])];
+            sink.put(Kind::ObjectPages as u16, &parts)?;
+            sent.pages += (len as u64).div_ceil(sys::memory::PAGE);
+            sent.bytes += (head.len() + len) as u64;
+        }
+    }
+    Ok(sent)
 }
 
 /// Opens the file behind a mapping, whatever became of its name.
@@ -241,16 +255,7 @@ impl Created {
     /// Fills ranges `(offset, length)` of an object.
     pub(crate) fn fill(&self, id: ObjectId, runs: &[(u64, u64)], data: &[u8]) -> io::Result<()> {
         let (object, file) = self.files.get(&id).ok_or(io::ErrorKind::InvalidData)?;
-        let mut data = data;
-        for &(offset, len) in runs {
-            if offset.checked_add(len).is_none_or(|end| end > object.size.next_multiple_of(4096)) {
-                return Err(io::ErrorKind::InvalidData.into());
-            }
-            let (part, rest) = data.split_at(usize::try_from(len).expect("fits the record"));
-            file.write_all_at(part, offset)?;
-            data = rest;
-        }
-        Ok(())
+        fill_file(file, object.size, runs, data)
     }
 
     /// The file of an object.
@@ -274,6 +279,25 @@ impl Created {
         }
         Ok(())
     }
+}
+
+/// Fills ranges `(offset, length)` of a file that holds `size` bytes of an object.
+pub(crate) fn fill_file(
+    file: &File,
+    size: u64,
+    runs: &[(u64, u64)],
+    data: &[u8],
+) -> io::Result<()> {
+    let mut data = data;
+    for &(offset, len) in runs {
+        if offset.checked_add(len).is_none_or(|end| end > size.next_multiple_of(4096)) {
+            return Err(io::ErrorKind::InvalidData.into());
+        }
+        let (part, rest) = data.split_at(usize::try_from(len).expect("fits the record"));
+        file.write_all_at(part, offset)?;
+        data = rest;
+    }
+    Ok(())
 }
 
 /// The size of the file behind a mapping, in bytes.

@@ -22,6 +22,7 @@ use crate::{
         memory::{Backing, Layout},
         pages::{self, Runs},
         shared::{Created, Object, ObjectId},
+        sysv,
         tree::{self, Step},
     },
     stub::{Batch, args},
@@ -39,6 +40,8 @@ pub(super) struct Builder {
     stdio: [OwnedFd; 3],
     head: Option<Head>,
     objects: Created,
+    /// System V segments, attached by us until all who use them have.
+    segments: sysv::Created,
     /// Files of which not all has arrived.
     assembly: Assembly,
     files: Option<Opened>,
@@ -85,6 +88,7 @@ impl Builder {
             stdio,
             head: None,
             objects: Created::default(),
+            segments: sysv::Created::default(),
             processes: BTreeMap::new(),
             checked: BTreeSet::new(),
         })
@@ -103,8 +107,18 @@ impl Builder {
             }
             (Some(_), Kind::ObjectPages) => {
                 let Runs { owner, runs, data } = runs(body)?;
-                self.objects.fill(owner, &runs, data).map_err(RestoreError::Source)?;
+                let filled = match sysv::segment(owner) {
+                    Some(id) => self.segments.fill(id, &runs, data),
+                    None => self.objects.fill(owner, &runs, data),
+                };
+                filled.map_err(RestoreError::Source)?;
                 return Ok(data.len() as u64 / 4096);
+            }
+            (Some(_), Kind::Sysv) => {
+                let image: sysv::Image = decode(body)?;
+                let task = self.task(self.root)?;
+                self.segments = sysv::restore(task.host(), image)
+                    .map_err(|err| task.failed("make the System V objects", err))?;
             }
             (Some(_), Kind::Layout) => self.map(decode(body)?)?,
             (Some(_), Kind::Pages) => {
@@ -269,7 +283,7 @@ impl Builder {
         let mut wanted: BTreeSet<ObjectId> = BTreeSet::new();
         for mapping in &layout.mappings {
             match &mapping.backing {
-                Backing::Anonymous => {}
+                Backing::Anonymous | Backing::Segment { .. } => {}
                 Backing::File { path, size, .. } => {
                     check_file(self.directory.as_fd(), path, *size, &mut self.checked)?;
                 }

@@ -21,10 +21,10 @@ use crate::{
             tty::{self, Control},
         },
         fs,
-        memory::{self, KernelPages, Layout},
+        memory::{self, Backing, Change, KernelPages, Layout},
         mm,
         shared::ObjectId,
-        signals, threads, timers,
+        signals, sysv, threads, timers,
         tree::Zombie,
     },
     skeleton,
@@ -209,6 +209,15 @@ impl Task {
         let old = self.layout.as_ref().map_or(&[][..], |old| &old.mappings);
         let mut batch = Batch::new();
         for change in memory::changes(old, &layout.mappings) {
+            if let Change::Map(mapping) = &change
+                && let Backing::Segment { .. } = mapping.backing
+            {
+                // What is in its place goes first.
+                self.run("map memory", &batch)?;
+                batch = Batch::new();
+                sysv::attach(mapping, &self.remote, &self.tracee)
+                    .map_err(|err| self.failed("attach System V memory", err))?;
+            }
             change.restore(&numbers, &mut batch);
             if batch.size() > Remote::capacity() / 2 {
                 self.run("map memory", &batch)?;

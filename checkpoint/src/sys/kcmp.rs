@@ -10,6 +10,7 @@ use std::{
 use nix::unistd::Pid;
 
 const KCMP_FILE: libc::c_int = 0;
+const KCMP_SYSVSEM: libc::c_int = 6;
 const KCMP_EPOLL_TFD: libc::c_int = 7;
 
 /// What an epoll watches, as the kernel keys it.
@@ -49,6 +50,15 @@ pub(crate) fn watches(
     let fd = libc::c_long::from(file.as_raw_fd());
     // SAFETY: KCMP_EPOLL_TFD reads `slot`, which lives across the call.
     let n = unsafe { libc::syscall(libc::SYS_kcmp, me, me, KCMP_EPOLL_TFD, fd, &raw const slot) };
+    Ok(ordering(n)? == Ordering::Equal)
+}
+
+/// Whether a task has the list of semaphore adjustments (`semop(2)`) that the
+/// calling thread has, or none if that has none.
+pub(crate) fn same_undo(task: Pid) -> io::Result<bool> {
+    let (me, zero) = (nix::unistd::gettid().as_raw(), 0 as libc::c_long);
+    // SAFETY: KCMP_SYSVSEM takes two tasks and touches no memory of ours.
+    let n = unsafe { libc::syscall(libc::SYS_kcmp, me, task.as_raw(), KCMP_SYSVSEM, zero, zero) };
     Ok(ordering(n)? == Ordering::Equal)
 }
 

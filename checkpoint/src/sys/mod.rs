@@ -10,6 +10,7 @@ pub(crate) mod process;
 pub(crate) mod ptrace;
 pub(crate) mod signalfd;
 pub(crate) mod sockopt;
+pub(crate) mod sysv;
 pub(crate) mod task;
 pub(crate) mod timerfd;
 pub(crate) mod tty;

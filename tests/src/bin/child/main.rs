@@ -18,6 +18,7 @@ mod signals;
 mod sockets;
 mod sys;
 mod syscalls;
+mod sysv;
 mod threads;
 mod timers;
 mod tree;
@@ -53,6 +54,9 @@ use syscalls::{
     call_epoll_wait_timeout, call_flock, call_futex, call_futex_timeout, call_nanosleep, call_poll,
     call_poll_timeout, call_ppoll_timeout, call_read_pipe, call_recv, call_recv_timeout,
     call_select_timeout, call_sigtimedwait, call_sigtimedwait_timeout, call_wait4, call_write_pipe,
+};
+use sysv::{
+    refused_shared_ipc, refused_undo, sysv_memory, sysv_queues, sysv_semaphores, sysv_waiting,
 };
 use threads::{threads_16, threads_1000, threads_one, threads_robust};
 use timers::{timers_alarm, timers_interval, timers_overrun, timers_posix};
