@@ -12,7 +12,9 @@ use std::{
 };
 
 use anyhow::{Context, Result, bail, ensure};
-use oci_spec::runtime::{LinuxNamespaceType, ProcessBuilder, RootBuilder, Spec};
+use oci_spec::runtime::{
+    LinuxNamespaceType, Mount, MountBuilder, ProcessBuilder, RootBuilder, Spec, UserBuilder,
+};
 
 use crate::hosts::{BRIDGE, Host, PREFIX};
 
@@ -36,6 +38,8 @@ pub struct Bundle {
     cgroup: String,
     annotations: HashMap<String, String>,
     netns: Option<PathBuf>,
+    user: (u32, u32),
+    mounts: Vec<Mount>,
 }
 
 impl Bundle {
@@ -56,6 +60,8 @@ impl Bundle {
             cgroup: cgroup.into(),
             annotations: HashMap::new(),
             netns: None,
+            user: (0, 0),
+            mounts: Vec::new(),
         })
     }
 
@@ -112,6 +118,45 @@ impl Bundle {
         Ok(self)
     }
 
+    /// Shows it all programs of this machine, which it cannot change.
+    pub fn machine(&mut self) -> Result<&mut Self> {
+        for link in ["bin", "lib", "lib64", "sbin"] {
+            let place = self.rootfs().join(link);
+            if place.is_dir() {
+                fs::remove_dir_all(&place)?;
+            }
+            symlink(Path::new("usr").join(link), place)?;
+        }
+        for place in ["/usr", "/etc"] {
+            self.mount(Path::new(place), place, "ro")?;
+        }
+        Ok(self)
+    }
+
+    /// Has it see `folder` at `place`.
+    pub fn volume(&mut self, folder: &Path, place: &str) -> Result<&mut Self> {
+        self.mount(folder, place, "rw")?;
+        Ok(self)
+    }
+
+    fn mount(&mut self, folder: &Path, place: &str, mode: &str) -> Result<()> {
+        let options = vec!["rbind".to_owned(), mode.to_owned()];
+        let mount = MountBuilder::default()
+            .destination(place)
+            .typ("bind")
+            .source(folder)
+            .options(options)
+            .build()?;
+        self.mounts.push(mount);
+        Ok(())
+    }
+
+    /// Whose process it is.
+    pub fn user(&mut self, uid: u32, gid: u32) -> &mut Self {
+        self.user = (uid, gid);
+        self
+    }
+
     /// What the container runs.
     pub fn args<S: Into<String>>(&mut self, args: impl IntoIterator<Item = S>) -> &mut Self {
         self.args = args.into_iter().map(Into::into).collect();
@@ -154,12 +199,14 @@ impl Bundle {
             .cwd("/")
             .args(self.args.clone())
             .env(self.env.clone())
+            .user(UserBuilder::default().uid(self.user.0).gid(self.user.1).build()?)
             .build()?;
         let mut spec = Spec::default();
         spec.set_process(Some(process))
             .set_root(Some(RootBuilder::default().path("rootfs").readonly(false).build()?))
             .set_hostname(self.folder.file_name().map(|name| name.to_string_lossy().into_owned()))
             .set_annotations(Some(self.annotations.clone()));
+        spec.mounts_mut().get_or_insert_default().extend(self.mounts.clone());
         let linux = spec.linux_mut().as_mut().context("the default spec is for Linux")?;
         linux.set_cgroups_path(Some(self.cgroup.clone().into()));
         for namespace in linux.namespaces_mut().iter_mut().flatten() {

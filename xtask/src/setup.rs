@@ -24,7 +24,19 @@ pub(crate) const DEMO: &[&str] = &["busybox-static", "iproute2", "redis-tools", 
 ///
 /// podman asks CRIU for its version before it lets a runtime checkpoint; nothing
 /// of ours runs it.
-pub(crate) const TEST: &[&str] = &["criu", "curl", "nftables", "podman", "procps", "runc"];
+pub(crate) const TEST: &[&str] = &[
+    "criu",
+    "curl",
+    "nftables",
+    "nginx-light",
+    "nodejs",
+    "openjdk-17-jdk-headless",
+    "podman",
+    "postgresql",
+    "procps",
+    "python3",
+    "runc",
+];
 
 /// Installs those of `packages` that are missing.
 pub(crate) fn install(packages: &[&[&str]]) -> Result<()> {
