@@ -3,7 +3,9 @@
 use std::{
     ffi::OsString,
     fmt::Display,
-    os::unix::process::CommandExt,
+    fs,
+    io::{self, Write},
+    os::unix::{fs::OpenOptionsExt, process::CommandExt},
     process::{Command, Stdio},
 };
 
@@ -67,7 +69,40 @@ fn is_installed(package: &str) -> bool {
 }
 
 fn apt_install(packages: &[&str]) -> Result<()> {
+    let _no_services = NoServices::decree()?;
     apt(&[&["install", "--yes", "--no-install-recommends"], packages].concat())
+}
+
+/// While it lives, packages start no services: tests start what they need
+/// themselves, where it disturbs nobody.
+struct NoServices {
+    /// Not where the machine has a policy of its own.
+    path: Option<&'static str>,
+}
+
+/// Asked by `invoke-rc.d(8)` and systemd's helpers before they start anything.
+const POLICY: &str = "/usr/sbin/policy-rc.d";
+
+impl NoServices {
+    fn decree() -> Result<Self> {
+        let mut options = fs::OpenOptions::new();
+        match options.write(true).create_new(true).mode(0o755).open(POLICY) {
+            Ok(mut policy) => {
+                policy.write_all(b"#!/bin/sh\nexit 101\n")?;
+                Ok(Self { path: Some(POLICY) })
+            }
+            Err(err) if err.kind() == io::ErrorKind::AlreadyExists => Ok(Self { path: None }),
+            Err(err) => Err(err).context(format!("cannot write {POLICY}")),
+        }
+    }
+}
+
+impl Drop for NoServices {
+    fn drop(&mut self) {
+        if let Some(Err(err)) = self.path.map(fs::remove_file) {
+            println!("{POLICY} is left: {err}");
+        }
+    }
 }
 
 fn apt(args: &[&str]) -> Result<()> {
