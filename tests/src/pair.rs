@@ -6,9 +6,11 @@
 
 use std::{
     collections::BTreeMap,
-    fs,
+    fs::{self, File},
+    io::{Read, Seek, SeekFrom},
     path::Path,
     process::Command,
+    sync::{Mutex, PoisonError},
     thread,
     time::{Duration, Instant},
 };
@@ -47,6 +49,8 @@ pub struct Pair {
     hosts: Hosts,
     shared: TempDir,
     flags: Vec<String>,
+    /// Bytes of the log that were read, the last number in them, and where.
+    seen: Mutex<(u64, u64, usize)>,
     /// What a host looks like with and without the container.
     clean: BTreeMap<(usize, bool), Look>,
 }
@@ -77,7 +81,14 @@ impl Pair {
             share(&bundle.folder().join("config.json"), shared.path())?;
         }
         let flags = flags.iter().copied().map(ToOwned::to_owned).collect();
-        let mut pair = Self { nodes: [None, None], hosts, shared, flags, clean: BTreeMap::new() };
+        let mut pair = Self {
+            nodes: [None, None],
+            hosts,
+            shared,
+            flags,
+            seen: Mutex::default(),
+            clean: BTreeMap::new(),
+        };
         pair.revive(0)?;
         pair.revive(1)?;
         node::run_container(&pair.hosts["a"], ID)?;
@@ -110,10 +121,14 @@ impl Pair {
 
     /// The last number written, each one more than the one before, and where.
     pub fn count(&self) -> Result<(u64, usize)> {
-        let text = fs::read_to_string(self.shared.path().join("log"))?;
+        let mut seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
+        let (start, mut last, mut at) = *seen;
+        let mut log = File::open(self.shared.path().join("log"))?;
+        log.seek(SeekFrom::Start(start))?;
+        let mut text = String::new();
+        log.read_to_string(&mut text)?;
         // The last line may be half written.
         let whole = &text[..text.rfind('\n').map_or(0, |end| end + 1)];
-        let (mut last, mut at) = (0, 0);
         for line in whole.lines() {
             let (host, number) = line.split_once(' ').context("a line is damaged")?;
             let number: u64 = number.parse().with_context(|| format!("{line:?}"))?;
@@ -124,6 +139,7 @@ impl Pair {
             last = number;
             at = NAMES.iter().position(|name| *name == host).context("an unknown host")?;
         }
+        *seen = (start + whole.len() as u64, last, at);
         Ok((last, at))
     }
 

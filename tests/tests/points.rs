@@ -97,7 +97,7 @@ fn side_by_side(points: impl Iterator<Item = Point>, work: impl Fn(&mut Stage, P
 #[test]
 fn a_worker_fails_at_every_point() {
     side_by_side(points().filter(|(_, point)| !is_daemons(point)), |stage, (end, point)| {
-        for kind in ["abort", "exit", "error"] {
+        for kind in ["abort", "error"] {
             stage.run_into((end, point), kind);
             stage.recovers(&format!("{end:?}: {point}: {kind}"));
         }
@@ -115,7 +115,7 @@ fn a_worker_hangs_at_every_point() {
 #[test]
 fn a_daemon_fails_at_every_point() {
     side_by_side(points().filter(|(_, point)| is_daemons(point)), |stage, (end, point)| {
-        for kind in ["abort", "exit", "error"] {
+        for kind in ["abort", "error"] {
             let host = stage.host(end);
             stage.run_into((end, point), kind);
             if kind != "error" {
