@@ -113,7 +113,7 @@ impl Stage {
 
     fn move_on(&self, from: usize) -> Result<()> {
         let mut request = MigrateRequest::to(self.nodes[1 - from].url());
-        request.tcp = TcpPolicy::Close;
+        request.tcp = TcpPolicy::Keep;
         let deadline = Instant::now() + PATIENCE;
         loop {
             let moved = self.nodes[from].migrate(ID, &request, |_| {});
@@ -256,7 +256,7 @@ fn browse(served: &AtomicU64, stop: &AtomicBool) -> Result<()> {
         let n = served.load(Ordering::Relaxed) % PAGES;
         let Some(open) = connection.as_mut() else {
             if let Ok(made) = TcpStream::connect_timeout(&address, Duration::from_secs(1)) {
-                // An answer that was under way when it moved never comes.
+                // Longer than any move takes.
                 made.set_read_timeout(Some(Duration::from_secs(2)))?;
                 connection = Some(BufReader::new(made));
             }
