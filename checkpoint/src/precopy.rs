@@ -466,7 +466,7 @@ impl Tracker {
                 self.watched.insert(range);
             }
             for range in self.watched.within(range) {
-                match self.take_written(host, range) {
+                match self.take_written(host, mapping, range) {
                     Ok(written) => self.owed.extend(written),
                     // Unmapped since we looked: the next round knows better.
                     Err(err) if pass == Pass::Running => {
@@ -487,11 +487,16 @@ impl Tracker {
 
     /// Takes what was written in a range that is to be watched. A mapping that
     /// has replaced the one we knew is not yet, and all of it counts as written.
-    fn take_written(&self, host: Pid, range: (u64, u64)) -> io::Result<Vec<(u64, u64)>> {
-        match pages::take_written(host, range) {
+    fn take_written(
+        &self,
+        host: Pid,
+        mapping: &Mapping,
+        range: (u64, u64),
+    ) -> io::Result<Vec<(u64, u64)>> {
+        match pages::take_written(host, mapping, range) {
             Err(err) if err.raw_os_error() == Some(libc::EPERM) => {
                 self.uffd.as_ref().ok_or(err)?.register(range)?;
-                pages::take_written(host, range)
+                pages::take_written(host, mapping, range)
             }
             other => other,
         }

@@ -84,6 +84,8 @@ impl Bench for Freeze {
             bundle.save()?;
         }
         run_container(&hosts["a"], ID)?;
+        // It answers once its memory is filled.
+        Client::start(&hosts["client"])?.stop()?;
         let client = Client::start(&hosts["client"])?;
         thread::sleep(BEFORE);
         let before = client.stop()?;
