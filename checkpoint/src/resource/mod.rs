@@ -5,7 +5,6 @@
 //! results. The other way round, `restore` adds calls to a batch.
 
 pub(crate) mod creds;
-#[allow(dead_code, reason = "the engine does not call it yet")]
 pub(crate) mod files;
 pub(crate) mod fs;
 pub(crate) mod limits;
